@@ -1,0 +1,89 @@
+"""Plugin-based guidance and conditioning for latent diffusion models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    InputError,
+    ModelError,
+    NonFiniteError,
+    PilotfishError,
+    PluginError,
+    SettingsError,
+)
+from .hookspecs import hookimpl
+from .plugin import Guide, Plugin, Setting
+from .presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .sampler import Result, Sampler, Step, Stream, draw
+    from .text import Embedding
+    from .trace import Record, Trace
+
+__all__ = [
+    "PRESETS",
+    "Embedding",
+    "Guide",
+    "InputError",
+    "ModelError",
+    "NonFiniteError",
+    "PilotfishError",
+    "Plugin",
+    "PluginError",
+    "Preset",
+    "Record",
+    "Result",
+    "Run",
+    "Sampler",
+    "Setting",
+    "SettingsError",
+    "Step",
+    "Stream",
+    "Trace",
+    "draw",
+    "hookimpl",
+    "load",
+]
+
+# Loaded when they are asked for, so that `pilotfish --help` needs no torch.
+_LAZY = {
+    "Embedding": "text",
+    "Record": "trace",
+    "Result": "sampler",
+    "Run": "run",
+    "Sampler": "sampler",
+    "Step": "sampler",
+    "Stream": "sampler",
+    "Trace": "trace",
+    "draw": "sampler",
+}
+
+
+def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options: Any) -> Sampler:
+    """A sampler for a model.
+
+    Args:
+        model: a folder in the diffusers layout, a hub id, or an installed model's name; None is
+            the emoji model that ships.
+        device: None picks CUDA, then MPS, then the CPU.
+        dtype: torch.float32 (None), float16 or bfloat16, or its name.
+        options: passed on to `StableDiffusionPipeline.from_pretrained` (`variant`, `revision`).
+
+    Raises:
+        InputError: the model, its folder or the dtype does not exist.
+        ModelError: the model cannot be loaded, or is not Stable Diffusion 1.x or 2.x.
+    """
+    from . import model as networks
+    from .sampler import Sampler
+
+    return Sampler(networks.load(model, device=device, dtype=dtype, **options))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pilotfish' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

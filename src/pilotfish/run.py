@@ -1,0 +1,183 @@
+"""A run's full description: what a user asked for, resolved; TOML in, TOML out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import tomli_w
+
+from .errors import InputError, PilotfishError, unknown
+from .presets import Preset, find_preset
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of a run; `Run` says what they mean."""
+
+    negative_prompt: str
+    steps: int
+    guidance_scale: float
+    scheduler: Any
+    preset: str | Preset
+    seed: int | None
+    num_images: int
+    height: int | None
+    width: int | None
+    checkpointing: Literal["auto", "on", "off"]
+    on_error: Literal["raise", "skip", "disable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything needed to repeat a run.
+
+    Attributes:
+        prompt, negative_prompt: text; the negative prompt counts only with guidance.
+        steps: number of sampling steps, at least 1.
+        guidance_scale: classifier-free guidance in diffusers' convention; 1 or less is off.
+        scheduler: None for the model's own; a name ("lms"), a diffusers scheduler, or a table with
+            `name` and configuration that differs from the model's.
+        preset: how losses become a move (`pilotfish.presets`).
+        seed: of the first image; the next ones have `seed + 1`, ... Drawn where not given.
+        num_images: images with the same prompt, run as one batch.
+        height, width: in pixels; None for the model's own size.
+        checkpointing: recompute instead of keeping what the network's gradient needs: less memory,
+            about a third more work in a guided step. "auto": for networks of more than
+            100 million parameters.
+        on_error: a guide that fails: "raise", "skip" that step, or "disable" it from there on. The
+            trace names it.
+        plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
+            of a class that cannot be imported again.
+        model_id: folder or hub id of the model; None if unknown.
+        dtype: the networks' number format.
+        model: the loaded networks, while the run lasts; for hooks.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str | Mapping[str, Any] | None = None
+    preset: str | Preset = "balanced"
+    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    on_error: Literal["raise", "skip", "disable"] = "raise"
+    plugins: tuple[Mapping[str, Any], ...] = ()
+    model_id: str | None = None
+    dtype: str | None = None
+    model: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be text; got {getattr(self, name)!r}")
+        for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
+            _check_whole(name, getattr(self, name), least)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
+        scale = self.guidance_scale
+        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
+            raise InputError(
+                "guidance_scale must be a finite number >= 0 (1.0 switches guidance off); "
+                f"got {scale!r}"
+            )
+        _check_choice("checkpointing", self.checkpointing, ("auto", "on", "off"))
+        _check_choice("on_error", self.on_error, ("raise", "skip", "disable"))
+        find_preset(self.preset)
+
+    @property
+    def guided_by_prompt(self) -> bool:
+        """Whether classifier-free guidance is on."""
+        return self.guidance_scale > 1
+
+    def to_toml(self) -> str:
+        """The run as a file for `pilotfish generate --run`.
+
+        Raises:
+            PilotfishError: a plugin or the preset was made in this program and has no name to
+                find it by.
+        """
+        if isinstance(self.preset, Preset):
+            raise PilotfishError(
+                f"preset {self.preset.name!r} is an object; a run file needs a name"
+            )
+        for table in self.plugins:
+            if not table["use"]:
+                raise PilotfishError(
+                    f"plugin {table['name']!r} was defined in this session and cannot be found "
+                    "again; put its class into a file and use it as 'file.py:Class'"
+                )
+        content = {
+            "pilotfish": version("pilotfish"),
+            "model": self.model_id,
+            **{f: getattr(self, f) for f in _FIELDS},
+            "plugins": [_without_none(table) for table in self.plugins],
+        }
+        return tomli_w.dumps(_without_none(content))
+
+    @classmethod
+    def parse(cls, text: str, origin: str = "the run file") -> dict[str, Any]:
+        """The keyword arguments that a run file holds, `plugins` and `model` among them.
+
+        Raises:
+            InputError: not TOML, or an unknown key; names the file.
+        """
+        try:
+            content = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{origin} is not valid TOML: {error}") from None
+        content.pop("pilotfish", None)
+        for key in content:
+            if key not in (known := (*_FIELDS, "model", "plugins")):
+                raise InputError(f"{origin}: {unknown('key', key, known)}")
+        if not isinstance(content.setdefault("plugins", []), list):
+            raise InputError(f"{origin}: plugins must be [[plugins]] tables")
+        return content
+
+    @classmethod
+    def read(cls, path: str | Path) -> dict[str, Any]:
+        """`parse` a file.
+
+        Raises:
+            InputError: it cannot be read, or see `parse`.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the run file {path}: {error}") from None
+        return cls.parse(text, str(path))
+
+
+_FIELDS = (
+    *(f.name for f in dataclasses.fields(Run) if f.name not in ("plugins", "model_id", "model")),
+)
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: what is not there is the default."""
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

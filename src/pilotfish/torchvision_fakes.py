@@ -1,0 +1,58 @@
+"""Let torchvision import next to a CPU-only torch.
+
+torchvision has no CPU build on some package indexes. Its compiled operators then do not load, and
+`import torchvision` raises `operator torchvision::nms does not exist`, because it registers a fake
+for an operator that nobody declared; transformers and diffusers, which import it where it is
+installed, fail after it. Declaring the two schemas is enough: its transforms, which are all that
+open_clip needs, are plain Python.
+
+To be removed when torchvision imports without its compiled operators:
+https://github.com/pytorch/vision registers those fakes in `torchvision/_meta_registrations.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Literal
+
+import torch
+
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+# The library object must live as long as the declarations are to last.
+_declared: list[torch.library.Library] = []
+
+
+def state() -> Literal["absent", "whole", "without compiled operators"]:
+    """What is installed; imports nothing of torchvision but its compiled part."""
+    if importlib.util.find_spec("torchvision") is None:
+        return "absent"
+    if _declared or not _operators_load():
+        return "without compiled operators"
+    return "whole"
+
+
+def declare() -> None:
+    """Declare the schemas, where torchvision is installed and its operators cannot load."""
+    if "torchvision" not in sys.modules and not _declared and state().startswith("without"):
+        library = torch.library.Library("torchvision", "DEF")
+        for schema in SCHEMAS:
+            library.define(schema)
+        _declared.append(library)
+
+
+def _operators_load() -> bool:
+    spec = importlib.util.find_spec("torchvision")
+    folders = spec.submodule_search_locations if spec else None
+    try:
+        for folder in folders or []:
+            extension = importlib.machinery.PathFinder.find_spec("_C", [folder])
+            if extension is not None and extension.origin is not None:
+                torch.ops.load_library(extension.origin)
+    except OSError:
+        return False
+    return hasattr(torch.ops.torchvision, "nms")

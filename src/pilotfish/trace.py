@@ -1,0 +1,79 @@
+"""What each guide did at each step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .errors import InputError, PilotfishError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One guide at one step; a tuple holds one value per image.
+
+    Attributes:
+        loss: before this step's move.
+        gradient_norm: L2 norm of the loss's gradient where the guide read the picture.
+        share: part of the step's move, 0 to 1; all guides' parts add up to 1.
+        seconds: spent in the guide's own loss and its gradient; building what guides share, such
+            as the decoded picture, is counted for nobody.
+        error: what went wrong, where `on_error` let the run go on without the guide.
+    """
+
+    index: int
+    sigma: float
+    plugin: str
+    loss: tuple[float, ...] = ()
+    gradient_norm: tuple[float, ...] = ()
+    share: tuple[float, ...] = ()
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Trace(list[Record]):
+    """All records of a run, in order."""
+
+    def of(self, plugin: str) -> Trace:
+        """The records of one guide."""
+        return Trace(record for record in self if record.plugin == plugin)
+
+    @property
+    def plugins(self) -> list[str]:
+        """The guides that have records."""
+        return list(dict.fromkeys(record.plugin for record in self))
+
+    def losses(self, plugin: str) -> list[float]:
+        """One guide's loss over the steps on which it acted, mean over the images."""
+        return [sum(r.loss) / len(r.loss) for r in self.of(plugin) if r.loss]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Plain data, for JSON or a data frame."""
+        return [asdict(record) for record in self]
+
+    def plot(self) -> Any:
+        """Loss and share of each guide over the steps, as a matplotlib figure.
+
+        Raises:
+            PilotfishError: matplotlib is missing.
+            InputError: nothing was traced.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise PilotfishError(
+                "trace.plot() needs matplotlib: pip install 'pilotfish[plot]'"
+            ) from error
+        if not self:
+            raise InputError("the trace is empty: no guide acted in this run")
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        losses, shares = figure.subplots(2, 1, sharex=True)
+        for plugin in self.plugins:
+            records = [r for r in self.of(plugin) if r.loss]
+            steps = [r.index for r in records]
+            losses.plot(steps, self.losses(plugin), marker=".", label=plugin)
+            shares.plot(steps, [sum(r.share) / len(r.share) for r in records], marker=".")
+        losses.set_ylabel("loss")
+        losses.legend()
+        shares.set(ylabel="share of the move", xlabel="step", ylim=(0, 1.05))
+        return figure

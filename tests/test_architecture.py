@@ -1,0 +1,119 @@
+"""Who may import whom, what is public, and what stays unloaded."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pilotfish
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "src" / "pilotfish"
+PLUGINS = sorted((ROOT / "plugins").glob("*/src/*"))
+
+# What a core module may import of the core, beside `errors`.
+ALLOWED = {
+    "errors": set(),
+    "noise": set(),
+    "presets": set(),
+    "trace": set(),
+    "hookspecs": set(),
+    "plugin": {"hookspecs"},
+    "registry": {"plugin"},
+    "stack": {"hookspecs", "plugin", "registry"},
+    "run": {"presets"},
+    "guidance": {"noise", "presets"},
+    "text": {"stack"},
+    "images": set(),
+    "torchvision_fakes": set(),
+    "model": {"registry", "text", "torchvision_fakes"},
+    "sampler": {
+        *("guidance", "images", "noise", "plugin", "presets", "run", "stack", "text", "trace"),
+    },
+}
+
+
+def imports(path, runtime_only=True):
+    """The modules that a file imports: `.name` for the core's own, else the top-level name."""
+    tree = ast.parse(path.read_text())
+    if runtime_only:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {f".{name.split('.')[0]}" for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_core_modules_import_only_what_stands_below_them(name):
+    ours = {i[1:] for i in imports(CORE / f"{name}.py") if i.startswith(".")}
+    # Sampler.from_pipeline makes the adapter for the pipeline that it is given.
+    late = {"model"} if name == "sampler" else set()
+    assert ours <= ALLOWED[name] | {"errors"} | late
+
+
+def test_only_the_model_and_the_test_kit_import_diffusers_or_transformers():
+    for path in CORE.rglob("*.py"):
+        heavy = imports(path) & {"diffusers", "transformers"}
+        assert not heavy or path.stem in ("model", "testing"), path
+
+
+@pytest.mark.parametrize("package", PLUGINS, ids=lambda p: p.name)
+def test_plugins_use_public_names_only_and_no_other_plugin(package):
+    others = {p.name for p in PLUGINS} - {package.name}
+    for path in package.rglob("*.py"):
+        assert not imports(path, runtime_only=False) & others, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not node.module.startswith("pilotfish."), path
+                if node.module == "pilotfish":
+                    assert {alias.name for alias in node.names} <= set(pilotfish.__all__), path
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("pilotfish.") for alias in node.names), path
+
+
+@pytest.mark.parametrize("package", PLUGINS, ids=lambda p: p.name)
+def test_plugins_pin_nothing(package):
+    import tomllib
+
+    project = tomllib.loads((package.parents[1] / "pyproject.toml").read_text())["project"]
+    needs = project.get("dependencies", [])
+    assert not [n for n in needs if "==" in n or ("<" in n and "torch" in n)]
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in pilotfish.__all__:
+        assert getattr(pilotfish, name).__doc__, name
+    public = {n for n in vars(pilotfish) if not n.startswith("_")}
+    modules = {p.stem for p in CORE.rglob("*.py")} | {p.stem for p in CORE.iterdir()}
+    known = set(pilotfish.__all__) | modules | {"Any", "TYPE_CHECKING", "annotations"}
+    assert public <= known
+
+
+def test_importing_pilotfish_loads_neither_torch_nor_diffusers():
+    code = (
+        "import sys, pilotfish; pilotfish.Guide; "
+        "heavy = {'torch', 'diffusers', 'transformers', 'PIL'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        pilotfish.nothing  # noqa: B018
+
+
+def test_there_are_no_drawers():
+    for name in ("utils", "helpers", "common"):
+        assert not list(CORE.rglob(f"{name}.py"))

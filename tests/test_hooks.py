@@ -1,0 +1,325 @@
+"""Every hook does what its contract says, in the user's order."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import pilotfish
+from pilotfish import Guide, InputError, Plugin, PluginError, draw, hookspecs
+from pilotfish.stack import Stack
+
+
+class Tell(Plugin):
+    """Writes its name into a list that tests look at."""
+
+    def __init__(self, name, log):
+        super().__init__()
+        self.name, self.log = name, log
+
+    def prompt_transform(self, prompt):
+        return f"{prompt} {self.name}"
+
+    def before_step(self, step):
+        self.log.append(f"before {self.name}")
+
+    def after_step(self, step):
+        self.log.append(f"after {self.name}")
+
+    def setup(self):
+        self.log.append(f"setup {self.name}")
+
+    def teardown(self):
+        self.log.append(f"teardown {self.name}")
+
+
+def test_plugins_run_in_the_listed_order_and_are_torn_down_in_reverse(sampler):
+    log = []
+    sampler("a", plugins=[Tell("x", log), Tell("y", log)], steps=1, seed=0)
+    assert log == [
+        *("setup x", "setup y", "before x", "before y", "after x", "after y"),
+        *("teardown y", "teardown x"),
+    ]
+
+
+def test_a_chain_passes_each_answer_on(sampler, latents_of):
+    log = []
+    plugins = [Tell("red", log), Tell("cat", log)]
+    changed = sampler("a", plugins=plugins, steps=4, seed=3).latents
+    assert torch.equal(changed, sampler("a red cat", steps=4, seed=3).latents)
+
+
+def test_a_chains_later_plugin_sees_the_earlier_ones_latents(sampler):
+    seen = []
+
+    class Double(Plugin):
+        def before_step(self, step):
+            seen.append(step.latents)
+            return step.latents * 2
+
+    sampler("a cat", plugins=[Double(), Double()], steps=1, seed=0)
+    assert torch.equal(seen[1], seen[0] * 2)
+
+
+def test_plugins_of_one_kind_are_numbered_and_may_be_named():
+    class Blue(Guide):
+        def loss_guidance(self, step):
+            return step.image.mean(dim=(1, 2, 3))
+
+    stack = Stack([Blue(), Blue(scale=2)])
+    assert list(stack.entries) == ["Blue", "Blue#2"]
+
+
+def test_one_instance_twice_is_refused():
+    plugin = Tell("x", [])
+    with pytest.raises(InputError, match="twice as one object"):
+        Stack([plugin, plugin])
+
+
+def test_start_latents_sets_where_the_run_starts(sampler):
+    seen = []
+
+    class Start(Plugin):
+        def start_latents(self, run):
+            return torch.ones(run.num_images, 4, 16, 16), 2
+
+        def after_step(self, step):
+            seen.append((step.index, float(step.latents.mean())))
+
+    sampler("a cat", plugins=[Start()], steps=4, scheduler="euler")
+    assert [index for index, _ in seen] == [2, 3]
+    assert seen[0][1] == 1
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "lms", "dpmsolver-multistep", "heun"])
+def test_stopping_and_starting_again_at_a_step_continues_the_run(sampler, scheduler):
+    """What start_latents is given at step k goes on as a run that was at step k would."""
+    whole = list(sampler.stream("a cat", steps=4, seed=0, scheduler=scheduler))
+
+    class Resume(Plugin):
+        def start_latents(self, run):
+            return whole[-2].latents, whole[-2].index
+
+    resumed = list(
+        sampler.stream("a cat", steps=4, seed=0, scheduler=scheduler, plugins=[Resume()])
+    )
+    assert resumed[0].index == whole[-2].index
+    assert resumed[0].sigma == whole[-2].sigma
+    torch.testing.assert_close(resumed[0].x0, whole[-2].x0)
+
+
+def test_combine_predictions_replaces_classifier_free_guidance(sampler, latents_of):
+    class Own(Plugin):
+        def combine_predictions(self, cond, uncond, step):
+            return uncond + step.run.guidance_scale * (cond - uncond)
+
+    class Unguided(Plugin):
+        def combine_predictions(self, cond):
+            return cond
+
+    assert torch.equal(latents_of(Own()), latents_of())
+    off = latents_of(guidance_scale=1)
+    torch.testing.assert_close(latents_of(Unguided()), off, rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_answer_wins(latents_of):
+    class Cond(Plugin):
+        def combine_predictions(self, cond):
+            return cond
+
+    class Uncond(Plugin):
+        def combine_predictions(self, uncond):
+            return uncond
+
+    assert torch.equal(latents_of(Cond(), Uncond()), latents_of(Cond()))
+    assert torch.equal(latents_of(Uncond(), Cond()), latents_of(Uncond()))
+    assert not torch.equal(latents_of(Uncond()), latents_of(Cond()))
+
+
+def test_on_predicted_x0_steers_the_scheduler(sampler):
+    """With x0 held at a constant, every solver must arrive at that constant."""
+
+    class Hold(Plugin):
+        def on_predicted_x0(self, x0):
+            return torch.full_like(x0, 0.25)
+
+    for scheduler in ("ddim", "euler", "lms", "heun", "dpmsolver-multistep", "unipc"):
+        latents = sampler("a cat", plugins=[Hold()], steps=12, scheduler=scheduler, seed=0).latents
+        # Those that stop at the smallest training noise keep sigma 0.04 of noise.
+        noise = 0.15 if scheduler == "ddim" else 2e-3
+        torch.testing.assert_close(latents, torch.full_like(latents, 0.25), atol=noise, rtol=0)
+
+
+def test_on_predicted_x0_that_returns_its_input_changes_nothing(latents_of):
+    class Same(Plugin):
+        def on_predicted_x0(self, x0):
+            return x0
+
+    assert torch.equal(latents_of(Same()), latents_of())
+
+
+def test_advance_replaces_the_schedulers_step(sampler):
+    class Euler(Plugin):
+        def advance(self, step):
+            sigmas = step.run.model.new_scheduler("euler")
+            sigmas.set_timesteps(step.run.steps)
+            after = float(sigmas.sigmas[step.index + 1])
+            return step.latents + (after - step.sigma) * step.eps
+
+    run = {"steps": 5, "seed": 0, "scheduler": "euler"}
+    ours = sampler("a cat", plugins=[Euler()], **run).latents
+    torch.testing.assert_close(ours, sampler("a cat", **run).latents, rtol=1e-4, atol=1e-3)
+
+
+def test_stop_ends_the_run_and_its_x0_is_the_result(sampler):
+    class Enough(Plugin):
+        def after_step(self, step):
+            self.x0 = step.x0
+            if step.index == 1:
+                step.stop()
+
+    plugin = Enough()
+    steps = sampler.stream("a cat", plugins=[plugin], steps=5, seed=0)
+    assert len(list(steps)) == 2
+    torch.testing.assert_close(steps.result().latents, plugin.x0)
+
+
+def test_breaking_out_of_a_stream_tears_the_plugins_down(sampler):
+    log = []
+    stream = sampler.stream("a", plugins=[Tell("x", log)], steps=5, seed=0)
+    for _ in stream:
+        break
+    stream.close()
+    assert log[-1] == "teardown x"
+    with pytest.raises(pilotfish.PilotfishError, match="ended before it was done"):
+        stream.result()
+
+
+def test_teardown_runs_for_all_also_when_one_raises(sampler):
+    log = []
+
+    class Bad(Plugin):
+        def teardown(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(PluginError, match=r"'Bad': teardown\(\) raised RuntimeError"):
+        sampler("a", plugins=[Tell("x", log), Bad(), Tell("y", log)], steps=1, seed=0)
+    assert log[-2:] == ["teardown y", "teardown x"]
+
+
+def test_a_stream_shows_sigma_x0_and_a_preview(sampler):
+    steps = list(sampler.stream("a cat", steps=4, seed=0, num_images=2, scheduler="euler"))
+    assert [s.index for s in steps] == [0, 1, 2, 3]
+    assert [s.progress for s in steps] == [0, 0.25, 0.5, 0.75]
+    assert sorted((s.sigma for s in steps), reverse=True) == [s.sigma for s in steps]
+    assert steps[0].x0.shape == (2, 4, 16, 16)
+    assert steps[0].image.shape == (2, 3, 32, 32)
+    assert steps[0].rgb.shape == (2, 3, 16, 16)
+    assert len(steps[0].preview()) == 2
+    assert not steps[0].image.requires_grad
+    for s in steps:
+        torch.testing.assert_close(s.alpha * s.x0 + s.sigma * s.eps, s.latents)
+
+
+def test_a_plugins_draws_do_not_depend_on_other_plugins_nor_on_its_neighbours(sampler):
+    class Noisy(Plugin):
+        def before_step(self, step):
+            shape = step.latents.shape
+            self.drawn = draw(shape, step.generator, step.latents.dtype)
+
+    def drawn(*others, num_images=1, seed=5):
+        plugin = Noisy()
+        sampler("a cat", plugins=[*others, plugin], steps=1, seed=seed, num_images=num_images)
+        return plugin.drawn
+
+    class Other(Plugin):
+        def before_step(self, step):
+            draw(step.latents.shape, step.generator, step.latents.dtype)
+
+    alone = drawn()
+    assert torch.equal(drawn(Other()), alone)
+    assert torch.equal(drawn(num_images=3, seed=4)[1:2], alone)
+    assert not torch.equal(drawn(seed=6), alone)
+
+
+def test_hooks_run_without_gradients_except_losses(sampler):
+    seen = {}
+
+    class Watch(Guide):
+        def before_step(self, step):
+            seen["before_step"] = torch.is_grad_enabled()
+
+        def after_step(self, step):
+            seen["after_step"] = torch.is_grad_enabled()
+
+        def loss_guidance(self, step):
+            seen["loss_guidance"] = torch.is_grad_enabled()
+            return step.x0.mean(dim=(1, 2, 3))
+
+    with torch.enable_grad():
+        for _ in sampler.stream("a cat", plugins=[Watch()], steps=1, seed=0):
+            assert torch.is_grad_enabled()
+    assert seen == {"before_step": False, "after_step": False, "loss_guidance": True}
+
+
+def test_every_hook_is_documented_and_has_a_kind():
+    hooks = {n: f for n, f in vars(hookspecs).items() if hasattr(f, "pilotfish_spec")}
+    assert set(hooks) == set(hookspecs.KINDS)
+    for name, function in hooks.items():
+        kind = hookspecs.KINDS[name].capitalize()
+        assert inspect.getdoc(function).startswith(kind), name
+
+
+def test_every_hook_is_tested_here_or_in_the_text_tests():
+    here = inspect.getsource(inspect.getmodule(Tell))
+    text = Path(__file__).with_name("test_text.py").read_text()
+    for hook in hookspecs.KINDS:
+        assert f"def {hook}(" in here + text, hook
+
+
+def test_an_embedding_is_frozen():
+    embedding = pilotfish.Embedding("token", "positive", torch.ones(1, 1, 1), None, ("a",), "t")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        embedding.values = None
+
+
+def test_check_plugin_tells_faults_apart(sampler):
+    from pilotfish.testing import check_plugin
+
+    class Good(Guide):
+        def loss_guidance(self, step):
+            return step.image.mean(dim=(1, 2, 3))
+
+    class Global(Plugin):
+        def before_step(self, step):
+            return step.latents + 0.01 * torch.randn(step.latents.shape)
+
+    class Counting(Plugin):
+        count = 0
+
+        def before_step(self, step):
+            Counting.count += 1
+            return step.latents + Counting.count
+
+    class Neighbourly(Plugin):
+        def before_step(self, step):
+            return step.latents - step.latents.mean()
+
+    class Always(Guide):
+        def loss_guidance(self, step):
+            return step.image.mean(dim=(1, 2, 3))
+
+        def before_step(self, step):
+            return step.latents * 1.5
+
+    check_plugin(Good(), sampler)
+    for plugin, what in (
+        (Global(), "global random state"),
+        (Counting(), "another picture when it runs again"),
+        (Neighbourly(), "another picture beside a neighbour"),
+        (Always(), "changes the picture at scale 0"),
+    ):
+        with pytest.raises(pilotfish.PilotfishError, match=what):
+            check_plugin(plugin, sampler)

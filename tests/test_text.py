@@ -1,0 +1,160 @@
+"""Prompt -> embeddings, with words that exist for one run only."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pilotfish import Plugin, PluginError
+from pilotfish.stack import Stack
+from pilotfish.text import embed, tokenize
+
+INK = torch.randn(3, 16, generator=torch.Generator().manual_seed(9))
+
+
+class Word(Plugin):
+    """Adds `<ink>`, a word of as many vectors as asked for."""
+
+    class Settings(Plugin.Settings):
+        vectors: int = 1
+        word: str = "<ink>"
+
+    def vocabulary(self, run):
+        return {self.settings.word: INK[: self.settings.vectors]}
+
+
+class Swap(Plugin):
+    """Puts one token's vector in another's place."""
+
+    class Settings(Plugin.Settings):
+        word: str
+        by: str
+
+    def embedding_transform(self, embedding, run):
+        if embedding.stage != "token" or embedding.role != "positive":
+            return None
+        encoder = run.model.text_encoders[0]
+        row = encoder.tokenizer.convert_tokens_to_ids(f"{self.settings.by}</w>")
+        values = embedding.values.clone()
+        values[:, embedding.tokens.index(f"{self.settings.word}</w>")] = (
+            encoder.network.get_input_embeddings().weight[row]
+        )
+        return replace(embedding, values=values)
+
+
+def test_swapping_a_token_embedding_equals_writing_the_other_word(sampler, latents_of):
+    swapped = latents_of(Swap(word="cat", by="puppy"))
+    assert torch.equal(swapped, sampler("a red puppy", steps=4, seed=3).latents)
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_an_added_word_equals_textual_inversion_in_diffusers(pipeline, sampler, vectors):
+    theirs = copy.deepcopy(pipeline)
+    # An embedding file of several vectors, as diffusers reads it.
+    theirs.load_textual_inversion({"<ink>": INK[:vectors]}, token="<ink>")
+    expected = theirs(
+        "a red <ink> cat",
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
+    ).images
+    before = (len(pipeline.tokenizer), pipeline.text_encoder.get_input_embeddings().weight.clone())
+    ours = sampler("a red <ink> cat", plugins=[Word(vectors=vectors)], steps=3, seed=1).latents
+    assert torch.equal(ours, expected)
+    assert len(pipeline.tokenizer) == before[0]
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight, before[1])
+
+
+def test_words_of_a_pipelines_own_textual_inversions_are_kept(pipeline):
+    from pilotfish import Sampler
+
+    theirs = copy.deepcopy(pipeline)
+    theirs.load_textual_inversion({"<ink>": INK}, token="<ink>")
+    run = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = theirs("a <ink>", generator=torch.Generator().manual_seed(1), **run).images
+    assert torch.equal(Sampler.from_pipeline(theirs)("a <ink>", steps=3, seed=1).latents, expected)
+
+
+def test_two_runs_with_different_words_interleave(sampler):
+    def alone(vectors):
+        return sampler("a <ink>", plugins=[Word(vectors=vectors)], steps=3, seed=1).latents
+
+    one = sampler.stream("a <ink>", plugins=[Word(vectors=1)], steps=3, seed=1)
+    three = sampler.stream("a <ink>", plugins=[Word(vectors=3)], steps=3, seed=1)
+    for _ in zip(one, three, strict=True):
+        pass
+    assert torch.equal(one.result().latents, alone(1))
+    assert torch.equal(three.result().latents, alone(3))
+
+
+def test_a_word_that_exists_or_is_added_twice_is_refused(sampler):
+    with pytest.raises(ValueError, match="'cat</w>' cannot be added"):
+        sampler("a cat", plugins=[Word(word="cat</w>")], steps=1)
+    with pytest.raises(PluginError, match="'Word#2': .*adds '<ink>', as 'Word' does already"):
+        sampler("a cat", plugins=[Word(), Word()], steps=1)
+
+
+def test_vectors_of_another_width_are_refused_with_both_widths(sampler):
+    class Wide(Plugin):
+        def vocabulary(self):
+            return {"<ink>": torch.zeros(1, 768)}
+
+    with pytest.raises(PluginError, match=r"\(1, 768\) for|gave \(1, 768\); .* of shape \(n, 16\)"):
+        sampler("a <ink>", plugins=[Wide()], steps=1)
+
+
+def test_a_word_is_placed_where_it_stands_and_the_end_token_stays_highest(sampler):
+    encoder = sampler.model.text_encoders[0]
+    ids, tokens, added = tokenize(encoder, "a <ink> cat", {"<ink>": INK[:2]})
+    assert tokens[1:5] == ("a</w>", "<ink>", "<ink>_1", "cat</w>")
+    assert sorted(added) == [2, 3]
+    assert torch.equal(added[3], INK[1])
+    assert int(ids.argmax()) == 5  # "<|endoftext|>" right behind the words
+
+
+def test_a_prompt_that_is_too_long_warns_and_names_the_dropped_words(sampler):
+    with pytest.warns(
+        UserWarning, match=r"80 tokens long; text_encoder takes 75. Dropped: 'a a a a red'"
+    ):
+        sampler(" ".join(["a"] * 79) + " red", steps=1, seed=0)
+
+
+def test_an_embedding_is_offered_at_both_stages_for_both_roles(sampler):
+    seen = []
+
+    class Watch(Plugin):
+        def embedding_transform(self, embedding):
+            seen.append((embedding.role, embedding.stage, tuple(embedding.values.shape)))
+            assert (embedding.pooled is None) == (embedding.stage == "token")
+            assert len(embedding.tokens) == 77
+
+    sampler("a cat", plugins=[Watch()], steps=1, num_images=2)
+    assert seen == [
+        (role, stage, (1, 77, 16))
+        for role in ("positive", "negative")
+        for stage in ("token", "prompt")
+    ]
+
+
+def test_each_image_may_have_its_own_prompt_embedding(sampler):
+    class Fade(Plugin):
+        def embedding_transform(self, embedding, run):
+            if (embedding.stage, embedding.role) == ("prompt", "positive"):
+                weights = torch.linspace(0, 1, run.num_images).view(-1, 1, 1)
+                return replace(embedding, values=embedding.values * weights)
+
+    batch = sampler("a cat", plugins=[Fade()], steps=2, num_images=2, seed=0).latents
+    whole = sampler("a cat", steps=2, seed=1).latents
+    torch.testing.assert_close(batch[1:], whole, rtol=1e-4, atol=1e-3)
+
+
+def test_the_shared_encoder_has_no_hooks_left_after_an_error(sampler):
+    class Bad(Plugin):
+        def embedding_transform(self, embedding):
+            raise RuntimeError("no")
+
+    encoder = sampler.model.text_encoders[0]
+    with pytest.raises(PluginError):
+        embed(encoder, "a cat", "positive", Stack([Bad()]), None, {})
+    assert not encoder.network.get_input_embeddings()._forward_hooks
