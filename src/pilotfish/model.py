@@ -213,9 +213,13 @@ class StableDiffusion:
         image = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
         latents = self.encode(image.clamp(0, 1)).float().cpu()
         pooled = torch.nn.functional.avg_pool2d(image, self.factor)
-        columns = latents.movedim(1, -1).flatten(0, 2)
+        columns = latents.movedim(1, -1).flatten(0, 2)  # (pixels, C)
         columns = torch.cat([columns, torch.ones(len(columns), 1)], dim=1)
-        return torch.linalg.lstsq(columns, pooled.movedim(1, -1).flatten(0, 2)).solution
+        colors = pooled.movedim(1, -1).flatten(0, 2)
+        # A little ridge: latents are of size one, and an untrained VAE's carry next to nothing.
+        ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1])
+        ridge[-1, -1] = 0
+        return torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
 
     @contextlib.contextmanager
     def differentiable(self, checkpointing: str) -> Iterator[None]:
@@ -257,20 +261,17 @@ def _frozen(network: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _checkpointed(network: Any) -> Iterator[None]:
     """Gradient checkpointing on while the context lasts, then as it was."""
-    flagged = [m for m in network.modules() if hasattr(m, "gradient_checkpointing")]
-    before = [(m, m.gradient_checkpointing) for m in flagged]
-    functions = [(m, vars(m).get("_gradient_checkpointing_func")) for m in flagged]
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    modules = [m for m in network.modules() if hasattr(m, names[0])]
+    before = [{name: vars(m)[name] for name in names if name in vars(m)} for m in modules]
     network.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        for module, flag in before:
-            module.gradient_checkpointing = flag
-        for module, function in functions:
-            if function is None:
-                vars(module).pop("_gradient_checkpointing_func", None)
-            else:
-                module._gradient_checkpointing_func = function
+        for module, own in zip(modules, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(own)
 
 
 def short_name(class_name: str) -> str:

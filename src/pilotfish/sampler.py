@@ -485,6 +485,7 @@ class Sampling:
     def _advance(self, moment: Moment) -> Tensor:
         answer = self.stack.first("advance", self._for_step(moment), moment.where)
         if answer is not None:
+            self._pass_over(moment.index)
             return self._checked(answer, "advance", moment.latents, moment)
         latents: Tensor = self.scheduler.step(
             moment.output,
@@ -494,6 +495,14 @@ class Sampling:
             return_dict=False,
         )[0]
         return latents
+
+    def _pass_over(self, index: int) -> None:
+        """Let the scheduler know that step `index` was taken without it.
+
+        `scale_model_input` counts on `step` to move its index; there is no public way to do so.
+        """
+        if getattr(self.scheduler, "step_index", None) is not None:
+            self.scheduler._step_index = index + 1
 
     # ---- guides ----
 

@@ -153,14 +153,16 @@ def _extended(encoder: TextEncoder, vocabulary: Vocabulary) -> tuple[Any, dict[i
     if not vocabulary:
         return encoder.tokenizer, {}
     tokenizer = copy.deepcopy(encoder.tokenizer)
+    known = set(tokenizer.get_vocab())
     vectors = {}
     for word, values in vocabulary.items():
         for piece, vector in zip(_pieces(word, len(values)), values, strict=True):
-            if tokenizer.add_tokens(piece) != 1:
+            if piece in known:
                 raise InputError(
                     f"the word {word!r} cannot be added: {encoder.name} already knows {piece!r}. "
                     "Choose another token."
                 )
+            tokenizer.add_tokens(piece)
             vectors[tokenizer.convert_tokens_to_ids(piece)] = vector
     return tokenizer, vectors
 

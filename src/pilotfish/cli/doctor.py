@@ -1,0 +1,128 @@
+"""What `pilotfish doctor` finds: versions, devices, models and plugins."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from ..registry import (
+    MODEL_GROUP,
+    PLUGIN_GROUP,
+    Installed,
+    find,
+    installed,
+    load_class,
+    load_object,
+)
+from .listing import columns, hooks_of, metadata_problem
+
+NEEDED = ("pilotfish", "torch", "diffusers", "transformers", "pluggy", "pydantic")
+OPTIONAL = ("torchvision", "open-clip-torch", "matplotlib")
+NONE = {
+    "models": "none installed; `pip install pilotfish-emoji` gives one that runs offline",
+    "plugins": "none installed",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what, what about it, and what is wrong with it, if anything."""
+
+    name: str
+    detail: str
+    fault: str | None = None
+
+
+def examine() -> tuple[str, int]:
+    """Everything as text, and the number of things that are broken."""
+    sections = {
+        "versions": [*versions(), *networks()],
+        "devices": devices(),
+        "models": list(offers(MODEL_GROUP, _check_model)),
+        "plugins": list(offers(PLUGIN_GROUP, _check_plugin)),
+    }
+    parts = []
+    for title, findings in sections.items():
+        rows = [(f.name, f.detail, f"BROKEN: {f.fault}" if f.fault else "") for f in findings]
+        parts.append(f"{title}\n" + (columns(rows, "  ") if rows else f"  {NONE[title]}"))
+    broken = sum(f.fault is not None for findings in sections.values() for f in findings)
+    parts.append(f"{broken} broken: see above." if broken else "All is well.")
+    return "\n\n".join(parts), broken
+
+
+def versions() -> Iterator[Finding]:
+    """Python and the packages that matter."""
+    yield Finding("python", platform.python_version())
+    for name in (*NEEDED, *OPTIONAL):
+        try:
+            yield Finding(name, version(name))
+        except PackageNotFoundError:
+            if name in NEEDED:
+                yield Finding(name, "", "not installed")
+
+
+def networks() -> Iterator[Finding]:
+    """Whether diffusers and transformers import, and next to which torchvision."""
+    if fault := attempt(lambda: importlib.import_module("pilotfish.model")):
+        yield Finding("the networks", "diffusers or transformers", fault)
+    if importlib.util.find_spec("torchvision") is not None and attempt(_torch) is None:
+        from .. import torchvision_fakes
+
+        state = torchvision_fakes.state()
+        mended = "" if state == "whole" else " (mended: its transforms work)"
+        yield Finding("torchvision is", state + mended)
+
+
+def _torch() -> None:
+    importlib.import_module("torch")
+
+
+def devices() -> list[Finding]:
+    """Where networks can run."""
+    if fault := attempt(_torch):
+        return [Finding("torch", "", fault)]
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count()):
+        gib = torch.cuda.get_device_properties(i).total_memory / 2**30
+        found.append(Finding(f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, {gib:.0f} GiB"))
+    if torch.backends.mps.is_available():
+        found.append(Finding("mps", "Apple GPU"))
+    return [*found, Finding("cpu", f"{torch.get_num_threads()} of {os.cpu_count()} threads")]
+
+
+def offers(group: str, check: Callable[[Installed], None]) -> Iterator[Finding]:
+    """Each installed plugin or model, imported; one that is broken does not stop the rest."""
+    for claims in installed(group).values():
+        for entry in claims:
+            fault = metadata_problem(entry, claims) or attempt(lambda e=entry: check(e))  # type: ignore[misc]
+            yield Finding(entry.name, f"{entry.distribution} {entry.version}", fault)
+
+
+def _check_plugin(entry: Installed) -> None:
+    plugin = load_class(entry.name)
+    if not hooks_of(plugin):
+        raise TypeError(f"{entry.target} implements no hook")
+
+
+def _check_model(entry: Installed) -> None:
+    folder = Path(load_object(find(entry.name, MODEL_GROUP).target, f"model {entry.name!r}"))
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(f"there is no model_index.json in {folder}")
+
+
+def attempt(action: Callable[[], object]) -> str | None:
+    """Why it fails, on one line, or None; foreign code may raise anything, `SystemExit` too."""
+    try:
+        action()
+    except (Exception, SystemExit) as error:
+        cause = error.__cause__ or error
+        return " ".join(f"{type(cause).__name__}: {cause}".split())
+    return None

@@ -1,0 +1,213 @@
+"""What `pilotfish plugins list` and `show` print."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import textwrap
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+import tomli_w
+from pydantic.fields import FieldInfo
+
+from .. import hookspecs
+from ..plugin import Guide, Plugin
+from ..registry import Installed, installed, load_class
+
+# Attributes of what pydantic keeps in `FieldInfo.metadata`.
+BOUNDS = {
+    "ge": ">=",
+    "gt": ">",
+    "le": "<=",
+    "lt": "<",
+    "min_length": "at least",
+    "max_length": "at most",
+}
+NOTHING_INSTALLED = (
+    "No plugins are installed. A file is enough:\n"
+    '  pilotfish generate "a campfire" --use ./my_loss.py:Class'
+)
+
+
+def columns(rows: Iterable[Sequence[str]], indent: str = "") -> str:
+    """Rows of cells in aligned columns; the last one is wrapped to the terminal's width."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)][:-1]
+    left = len(indent) + sum(width + 2 for width in widths)
+    room = max(shutil.get_terminal_size().columns - left, 40)
+    lines = []
+    for *cells, last in rows:
+        head = indent + "".join(c.ljust(w + 2) for c, w in zip(cells, widths, strict=True))
+        first, *more = textwrap.wrap(last, room, break_on_hyphens=False) or [""]
+        lines += [(head + first).rstrip(), *(" " * left + line for line in more)]
+    return "\n".join(lines)
+
+
+def list_text() -> str:
+    """All installed plugins, from metadata alone."""
+    found = installed()
+    limit = os.environ.get("PILOTFISH_PLUGINS")
+    note = "" if limit is None else f"\n\nlimited by PILOTFISH_PLUGINS={limit}"
+    if not found:
+        return NOTHING_INSTALLED + note
+    rows = [("name", "package", "summary")]
+    for entries in found.values():
+        rows += [(e.name, f"{e.distribution} {e.version}", _remark(e, entries)) for e in entries]
+    return columns(rows) + "\n\npilotfish plugins show NAME tells its settings." + note
+
+
+def _remark(entry: Installed, claims: Sequence[Installed]) -> str:
+    if problem := metadata_problem(entry, claims):
+        return f"broken: {problem}"
+    return entry.summary
+
+
+def metadata_problem(entry: Installed, claims: Sequence[Installed]) -> str | None:
+    """What is wrong with an installed plugin or model, as far as can be told without importing."""
+    others = [c.distribution for c in claims if c is not entry]
+    if others:
+        return f"the name is claimed by {' and '.join(others)} too; uninstall one"
+    if not entry.found:
+        return f"there is no module {entry.target.split(':')[0].split('.')[0]!r}; reinstall it"
+    return None
+
+
+def show_text(use: str) -> str:
+    """One plugin's summary, hooks, settings, and a block to paste; imports that plugin only."""
+    plugin = load_class(use)
+    entry = installed().get(use)
+    package = f"  ({entry[0].distribution} {entry[0].version})" if entry else ""
+    settings = setting_rows(plugin)
+    parts = [
+        f"{use}{package}\n{docstring_summary(plugin)}",
+        "hooks\n" + (columns(hook_rows(plugin), "  ") or "  none: it does nothing"),
+        "settings\n" + (columns(settings, "  ") if len(settings) > 1 else "  none"),
+        "use it\n" + paste_block(use, plugin),
+    ]
+    return "\n\n".join(parts)
+
+
+def docstring_summary(plugin: type[Any]) -> str:
+    """The first paragraph of the class's own docstring, on one line."""
+    paragraph = inspect.cleandoc(plugin.__doc__ or "no description").split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def hooks_of(plugin: Any) -> list[str]:
+    """The hooks that a plugin, or its class, implements."""
+    return [h for h in hookspecs.KINDS if hasattr(getattr(plugin, h, None), "pilotfish_impl")]
+
+
+def hook_rows(plugin: type[Any]) -> list[tuple[str, str]]:
+    """Each hook with the first line of its contract."""
+    docs = {hook: inspect.getdoc(getattr(hookspecs, hook)) or "" for hook in hooks_of(plugin)}
+    return [(hook, doc.splitlines()[0]) for hook, doc in docs.items()]
+
+
+def setting_rows(plugin: type[Any]) -> list[tuple[str, ...]]:
+    """The table of settings, its head first; the plugin's own before what every guide has."""
+    rows: list[tuple[str, ...]] = [("name", "type", "default", "range", "description")]
+    fields = _fields(plugin)
+    for name in sorted(fields, key=lambda name: name in Guide.Settings.model_fields):
+        field = fields[name]
+        row = (name, type_text(field.annotation), default_text(field), range_text(field))
+        rows.append((*row, field.description or ""))
+    return rows
+
+
+def _fields(plugin: type[Any]) -> dict[str, FieldInfo]:
+    return dict(plugin.Settings.model_fields) if issubclass(plugin, Plugin) else {}
+
+
+def type_text(annotation: Any) -> str:
+    """A type as a reader says it: `float`, `x0 | latents`, `list[str]`."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_text(a) for a in args if a is not type(None))
+    if origin is not None and args:
+        return f"{getattr(origin, '__name__', origin)}[{', '.join(map(type_text, args))}]"
+    if annotation is Ellipsis:
+        return "..."
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def default_text(field: FieldInfo) -> str:
+    """A setting's default; `-` is None."""
+    if field.is_required():
+        return "(required)"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    return "-" if default is None else str(default)
+
+
+def range_text(field: FieldInfo) -> str:
+    """A setting's bounds: `0 to 1`, `>= 1`; those of a text or list are its length's."""
+    bounds = {
+        name: getattr(item, name)
+        for item in field.metadata
+        for name in BOUNDS
+        if getattr(item, name, None) is not None
+    }
+    if bounds.keys() == {"ge", "le"}:
+        return f"{bounds['ge']} to {bounds['le']}"
+    return ", ".join(f"{sign} {bounds[name]}" for name, sign in BOUNDS.items() if name in bounds)
+
+
+def paste_block(use: str, plugin: type[Any]) -> str:
+    """The plugin on the command line, in Python and in a run file."""
+    settings = example_settings(plugin)
+    on_line = ",".join(f"{name}={_on_line(value)}" for name, value in settings.items())
+    item = f"{use}:{on_line}" if settings else use
+    text = f'"{item}"' if '"' not in item else repr(item)
+    call = f'result = sampler("a campfire", plugins=[{text}])'
+    table = "[[plugins]]\n" + tomli_w.dumps({"use": use, **settings}).strip()
+    return "\n\n".join(
+        "\n".join(f"  {line}".rstrip() for line in (f"# {where}", *text.splitlines()))
+        for where, text in (
+            ("on the command line", f'pilotfish generate "a campfire" --use {_quoted(item)}'),
+            ("in Python", f"import pilotfish\nsampler = pilotfish.load()\n{call}"),
+            ("in a run file", table),
+        )
+    )
+
+
+def example_settings(plugin: type[Any]) -> dict[str, Any]:
+    """What must be given, with an example, and a guide's scale.
+
+    A setting's own `examples=[...]` come first; else there is a stand-in of its type.
+    """
+    shown = {}
+    for name, field in _fields(plugin).items():
+        if field.is_required():
+            shown[name] = field.examples[0] if field.examples else _stand_in(field)
+    if issubclass(plugin, Guide):
+        shown["scale"] = plugin.Settings.model_fields["scale"].default
+    return shown
+
+
+def _stand_in(field: FieldInfo) -> Any:
+    origin = get_origin(field.annotation) or field.annotation
+    if origin is Literal:
+        return get_args(field.annotation)[0]
+    stand_ins: dict[Any, Any] = {int: 1, float: 1.0, bool: True, list: ["..."], tuple: ["..."]}
+    return stand_ins.get(origin, "...")
+
+
+def _on_line(value: Any) -> str:
+    """A value as `--use` takes it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_on_line(v) for v in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}={_on_line(v)}' for k, v in value.items())}}}"
+    if isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum():
+        return f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quoted(item: str) -> str:
+    """For a shell."""
+    return f"'{item}'" if set(item) & set('"[]{} #*?$&;()<>|') else item

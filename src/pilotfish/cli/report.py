@@ -1,0 +1,56 @@
+"""What a run tells, for people and for programs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..sampler import Result
+from ..trace import Trace
+
+
+def latest_losses(trace: Trace) -> str:
+    """For the progress bar: `blue 0.31, clip 0.82`."""
+    return ", ".join(
+        f"{name} {losses[-1]:.3g}" for name in trace.plugins if (losses := trace.losses(name))
+    )
+
+
+def report(result: Result, files: list[Path], seconds: float) -> str:
+    """What a person wants to know after a run."""
+    size = f"{result.run.width}x{result.run.height}"
+    lines = [f"{path}  {size}, seed {result.run.seed + i}" for i, path in enumerate(files)]
+    lines += [f"  {line}" for line in _guide_lines(result.trace)]
+    return "\n".join([*lines, f"{result.run.steps} steps in {seconds:.1f} s"])
+
+
+def _guide_lines(trace: Trace) -> Iterator[str]:
+    for name in trace.plugins:
+        losses, failed = trace.losses(name), [r for r in trace.of(name) if r.error]
+        if losses:
+            yield f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} ({len(losses)} steps)"
+        if failed:
+            yield f"{name}: failed at {len(failed)} steps, the first time: {failed[0].error}"
+
+
+def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]:
+    """The same for a program."""
+    trace = result.trace
+    guides = {}
+    for name in trace.plugins:
+        losses = trace.losses(name)
+        guides[name] = {
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "steps": len(losses),
+            "errors": [r.error for r in trace.of(name) if r.error],
+        }
+    return {
+        "files": [str(path) for path in files],
+        "seed": result.run.seed,
+        "seconds": round(seconds, 3),
+        "guides": guides,
+        "run": tomllib.loads(result.run.to_toml()),
+    }
