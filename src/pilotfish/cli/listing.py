@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import shutil
 import textwrap
 import types
@@ -168,7 +169,7 @@ def paste_block(use: str, plugin: type[Any]) -> str:
     return "\n\n".join(
         "\n".join(f"  {line}".rstrip() for line in (f"# {where}", *text.splitlines()))
         for where, text in (
-            ("on the command line", f'pilotfish generate "a campfire" --use {_quoted(item)}'),
+            ("on the command line", f'pilotfish generate "a campfire" --use {shlex.quote(item)}'),
             ("in Python", f"import pilotfish\nsampler = pilotfish.load()\n{call}"),
             ("in a run file", table),
         )
@@ -206,8 +207,3 @@ def _on_line(value: Any) -> str:
     if isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum():
         return f'"{value}"'
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _quoted(item: str) -> str:
-    """For a shell."""
-    return f"'{item}'" if set(item) & set('"[]{} #*?$&;()<>|') else item

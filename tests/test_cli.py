@@ -1,0 +1,496 @@
+"""The command line, from the outside."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from pilotfish import Guide, Plugin, Setting, hookimpl, registry
+from pilotfish.cli import dry_run, listing, main
+from pilotfish.cli.report import latest_losses
+from pilotfish.run import Run
+from pilotfish.stack import Stack
+from pilotfish.trace import Record, Trace
+
+MY_LOSS = '''
+from typing import Literal
+
+from pilotfish import Guide, Setting
+
+
+class Warmth(Guide):
+    """Pull the picture towards warm colours:
+    more red than blue.
+
+    A second paragraph.
+    """
+
+    class Settings(Guide.Settings):
+        target: float = Setting(0.5, ge=0, le=1, description="how much more red than blue")
+
+    def loss_guidance(self, step):
+        warm = step.image[:, 0] - step.image[:, 2]
+        return (warm - self.settings.target).abs().mean(dim=(1, 2))
+
+
+class Prepared(Guide):
+    """Needs its setup."""
+
+    def setup(self, run):
+        self.ready = 1
+
+    def loss_guidance(self, step):
+        return self.ready * step.rgb.var(dim=(1, 2, 3))
+
+
+class Cheap(Guide):
+    """Reads no picture."""
+
+    def loss_guidance(self, step):
+        return step.rgb.var(dim=(1, 2, 3))
+
+
+class Interrupted(Guide):
+    """As if somebody pressed Ctrl-C."""
+
+    def loss_guidance(self, step):
+        raise KeyboardInterrupt
+
+
+class Torn(Guide):
+    """A bug, found at step 1."""
+
+    def loss_guidance(self, step):
+        print("a plugin that prints")
+        if step.index > 0:
+            raise ValueError("torn")
+        return step.rgb.var(dim=(1, 2, 3))
+'''
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from pilotfish.testing import random_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny")
+    random_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test runs in a folder of its own, with my_loss.py in it and nothing installed."""
+    (tmp_path / "my_loss.py").write_text(MY_LOSS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # so that no line is wrapped where a test looks
+    monkeypatch.setattr(registry, "_entry_points", lambda group: ())
+    return tmp_path
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def generate(model: str, *arguments: str) -> Result:
+    steps = () if "--run" in arguments else ("--steps", "3")
+    return call("generate", "a red cat", "--model", model, "--seed", "5", *steps, *arguments)
+
+
+def size(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
+    entries = [EntryPoint(n.rstrip("_"), t, registry.PLUGIN_GROUP) for n, t in targets.items()]
+    monkeypatch.setattr(
+        registry, "_entry_points", lambda g: tuple(e for e in entries if e.group == g)
+    )
+
+
+def test_help_and_plugins_list_load_neither_torch_nor_diffusers() -> None:
+    commands = [["--help"], ["generate", "--help"], ["plugins", "list"], ["--version"]]
+    code = (
+        "import sys; from pilotfish.cli import main\n"
+        f"for command in {commands}: main(command, standalone_mode=False)\n"
+        "loaded = {'torch', 'diffusers', 'transformers', 'PIL', 'numpy'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_installed_command_knows_its_version() -> None:
+    program = Path(sys.executable).with_name("pilotfish")
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("pilotfish, version ")
+
+
+# ---- generate ----
+
+
+def test_a_run_writes_the_picture_and_tells_each_loss(model: str) -> None:
+    done = generate(model, "--use", "./my_loss.py:Warmth:every=2", "--out", "new/cat.png")
+    assert done.exit_code == 0, done.output
+    assert size("new/cat.png") == (32, 32)
+    first, second, _ = done.stdout.splitlines()
+    assert first == "new/cat.png  32x32, seed 5"
+    assert second.startswith("  Warmth: loss 0.") and second.endswith("(2 steps)")
+    assert "Warmth 0." in done.stderr  # the progress bar
+
+
+def test_json_is_all_there_is_on_stdout(model: str) -> None:
+    use = ("--use", "./my_loss.py:Torn", "--on-error", "skip")
+    done = generate(model, "--json", "--num-images", "2", "--out", "cat.png", *use)
+    answer = json.loads(done.stdout)
+    assert answer["files"] == ["cat-1.png", "cat-2.png"]
+    assert all(Path(file).is_file() for file in answer["files"])
+    assert answer["seed"] == answer["run"]["seed"] == 5
+    torn = answer["guides"]["Torn"]
+    assert torn["first_loss"] == torn["last_loss"] > 0 and torn["steps"] == 1
+    assert len(torn["errors"]) == 2 and "torn" in torn["errors"][0]
+
+
+def test_a_tolerated_failure_is_told(model: str) -> None:
+    done = generate(model, "--use", "./my_loss.py:Torn", "--on-error", "disable")
+    assert "Torn: failed at 1 steps, the first time: plugin 'Torn'" in done.stdout
+
+
+def test_a_saved_run_gives_the_identical_picture(model: str) -> None:
+    use = ("--use", "./my_loss.py:Warmth:scale=3", "--scheduler", "lms", "--save-run", "run.toml")
+    assert generate(model, *use, "--size", "48x32", "--out", "one.png").exit_code == 0
+    again = call("generate", "--run", "run.toml", "--out", "two.png")
+    assert again.exit_code == 0, again.output
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    assert size("two.png") == (48, 32)
+
+
+RUN = """
+prompt = "a red cat"
+steps = 40
+seed = 7
+[[plugins]]
+use = "./my_loss.py:Warmth"
+name = "subject"
+scale = 2.0
+[[plugins]]
+use = "./my_loss.py:Cheap"
+[[plugins]]
+use = "./my_loss.py:Cheap"
+"""
+
+
+def planned(model: str, *arguments: str) -> dict[str, object]:
+    Path("run.toml").write_text(RUN)
+    done = call(
+        "generate", "--run", "run.toml", "--model", model, "--dry-run", "--json", *arguments
+    )
+    assert done.exit_code == 0, done.output
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def test_options_override_changes_which_override_the_run_file(model: str) -> None:
+    answer = planned(
+        model,
+        *("-s", "plugins.subject.scale=40", "-s", "plugins.Cheap#2.every=5", "-s", "steps=20"),
+        *("-s", "seed=1", "-s", "guidance_scale=3", "-s", "scheduler={name='heun'}"),
+        *("--seed", "9", "-s", "prompt=12"),
+    )
+    run, plugins = answer["run"], answer["plugins"]
+    assert isinstance(run, dict) and isinstance(plugins, list)
+    assert (run["steps"], run["seed"], run["guidance_scale"], run["prompt"]) == (20, 9, 3, "12")
+    assert [p["settings"] for p in plugins] == [{"scale": 40.0}, {}, {"every": 5}]
+    assert (answer["scheduler"], answer["num_steps"]) == ("heun", 39)
+
+
+def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
+    plugins = planned(model, "--use", "./my_loss.py:Prepared")["plugins"]
+    assert isinstance(plugins, list)
+    assert [p["name"] for p in plugins] == ["Prepared"]
+
+
+# ---- the user's own mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--use ./my_loss.py:Warmht", "Did you mean 'Warmth'?"),
+        ("--use ./my_loss.py:Warmth:scal=2", "Did you mean 'scale'?"),
+        ("--use ./my_loss.py:Warmth:target=2", "target must be less than or equal to 1; got '2'"),
+        ("--use ./nothing.py", "no plugin file nothing.py"),
+        ("--preset deepdive", "Did you mean 'deep-dive'? Available: balanced, deep-dive"),
+        ("--scheduler eular", "Did you mean 'euler'? Available: "),
+        ("--dtype float", "Available: bfloat16, float16, float32"),
+        ("--device gpu", "no device 'gpu' here; expected cpu, cuda"),
+        ("--steps 0", "steps must be a whole number >= 1"),
+        ("--guidance-scale nan", "guidance_scale must be a finite number"),
+        ("--run nothing.toml", "cannot read the run file nothing.toml"),
+        ("-s step=3", "no key called 'step'. Did you mean 'steps'?"),
+        ("-s steps", "--set takes KEY=VALUE"),
+        ("-s steps=many", "steps must be a whole number >= 1; got 'many'"),
+        ("-s plugins.scale=3", "--set takes plugins.NAME.SETTING=VALUE"),
+        ("--use ./my_loss.py:Warmth -s plugins.warm.scale=3", "Did you mean 'Warmth'?"),
+        ("--model ./nothing", "no model folder ./nothing"),
+    ],
+)
+def test_a_mistake_gives_one_line_that_helps(model: str, arguments: str, words: str) -> None:
+    own = () if "--model" in arguments else ("--model", model)
+    done = call("generate", "--dry-run", *own, *arguments.split())
+    assert done.exit_code == 1
+    assert words in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_a_wrong_plugin_name_suggests_the_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, blue="nowhere:Blue", clip="nowhere:Clip")
+    for command in (["generate", "--use", "bleu:scale=2"], ["plugins", "show", "bleu"]):
+        done = call(*command)
+        assert done.exit_code == 1
+        assert "Did you mean 'blue'? Available: blue, clip" in done.stderr
+
+
+def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
+    done = call("generate", "--model", "./nothing", "--out", "cat.txt")
+    assert "cannot write cat.txt: end its name in .png, .jpg or .webp" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("genrate", "Did you mean 'generate'? Available: doctor, generate, plugins"),
+        ("plugins shwo", "Did you mean 'show'? Available: list, show"),
+        ("generate --stpes 3", "--steps"),
+        ("generate --size 512", "expected WIDTHxHEIGHT such as 512x512; got '512'"),
+        ("generate --checkpointing maybe", "'auto', 'on', 'off'"),
+    ],
+)
+def test_wrong_usage_has_exit_code_two_and_a_hint(arguments: str, words: str) -> None:
+    done = call(*arguments.split())
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("where", ["--debug generate", "generate --debug"])
+def test_debug_shows_the_traceback(where: str) -> None:
+    done = call(*where.split(), "--steps", "0")
+    assert isinstance(done.exception, ValueError)  # not turned into a line: Python prints it
+
+
+def test_ctrl_c_has_exit_code_130(model: str) -> None:
+    done = generate(model, "--use", "./my_loss.py:Interrupted")
+    assert done.exit_code == 130
+    assert done.stderr.endswith("interrupted\n")
+
+
+# ---- --dry-run ----
+
+
+def test_a_dry_run_explains_the_stack_in_order_and_loads_no_weights(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", None)
+    uses = ["Cheap:start=0.5", "Warmth:every=5,gradient=latents", "Prepared", "Cheap:scale=0"]
+    done = call(
+        *("generate", "a cat", "--model", model, "--dry-run", "--scheduler", "lms"),
+        *(part for use in uses for part in ("--use", f"./my_loss.py:{use}")),
+    )
+    assert done.exit_code == 0, done.output
+    assert not Path("out.png").exists()
+    positions = [done.stdout.index(f"{i}. ") for i in range(1, 5)]
+    first, second, third, fourth = (
+        done.stdout[a:b] for a, b in zip(positions, [*positions[1:], None], strict=True)
+    )
+    assert "1. Cheap" in first and "steps 25-49 (25 of 50)" in first
+    assert "nothing (no decode, no UNet gradient)" in first
+    assert "2. Warmth" in second and "steps 0-45 every 5 (10 of 50)" in second
+    assert "decode, UNet gradient" in second and "every=5" in second
+    assert "setup" in third and "not known before it runs" in third
+    assert "4. Cheap#2" in fourth and "never: its scale is 0" in fourth
+
+
+def test_a_dry_run_takes_the_models_own_scheduler_where_its_folder_is_here(model: str) -> None:
+    answer = json.loads(generate(model, "--dry-run", "--json").stdout)
+    assert (answer["scheduler"], answer["num_steps"]) == ("ddim", 3)
+
+
+def test_the_gradient_of_a_guide_comes_from_its_settings_then_from_the_preset() -> None:
+    stack = Stack(["./my_loss.py:Cheap", "./my_loss.py:Cheap:gradient=latents"])
+    needs = [dry_run.needs_of(stack, Run(), name, 50) for name, _ in stack]
+    assert [n.unet_gradient for n in needs] == [False, True]
+
+
+def test_plugins_without_a_loss_need_no_gradient() -> None:
+    class Words(Plugin):
+        def prompt_transform(self, prompt: str) -> str:
+            return prompt
+
+    class Look(Plugin):
+        def after_step(self, step: object) -> None: ...
+
+    stack = Stack([Words(), Look()])
+    words, look = (dry_run.needs_of(stack, Run(), name, 50) for name, _ in stack)
+    assert (words.decode, words.unet_gradient) == (False, False)
+    assert (look.decode, look.unet_gradient) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"), [([7], "7"), ([3, 4, 5], "3-5"), ([0, 5, 10], "0-10 every 5")]
+)
+def test_steps_are_told_in_few_words(steps: list[int], text: str) -> None:
+    assert dry_run.compressed(steps) == text
+
+
+def test_the_progress_bar_shows_each_guides_latest_loss() -> None:
+    trace = Trace(
+        [Record(0, 1.0, "blue", (0.5, 0.7)), Record(0, 1.0, "clip", (0.9,)),
+         Record(1, 0.9, "blue", (0.1, 0.3)), Record(1, 0.9, "clip", error="torn")]
+    )  # fmt: skip
+    assert latest_losses(trace) == "blue 0.2, clip 0.9"
+
+
+# ---- plugins ----
+
+
+def test_plugins_list_marks_what_is_broken_and_imports_nothing(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "explosive.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(folder))
+    install(monkeypatch, fine="explosive:A", gone="no_such_module.inner:B", two="explosive:C",
+            two_="explosive:D")  # fmt: skip
+    done = call("plugins", "list")
+    assert done.exit_code == 0
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert "broken" not in lines["fine"]
+    assert "broken: there is no module 'no_such_module'" in lines["gone"]
+    assert "broken: the name is claimed by unknown too" in lines["two"]
+
+
+def test_plugins_list_says_what_to_do_where_there_are_none() -> None:
+    assert "--use ./my_loss.py:Class" in call("plugins", "list").stdout
+
+
+def test_plugins_show_tells_summary_hooks_settings_and_a_block_that_works(model: str) -> None:
+    text = call("plugins", "show", "./my_loss.py:Warmth").stdout
+    assert "Pull the picture towards warm colours: more red than blue.\n" in text
+    assert "loss_guidance  Collect" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["target", "float", "0.5", "0", "to", "1"] in [row[:6] for row in rows]
+    assert rows.index(["name", "type", "default", "range", "description"]) + 1 == next(
+        i for i, row in enumerate(rows) if row[:1] == ["target"]
+    )
+    tables = text[text.index("[[plugins]]") :]
+    (table,) = tomllib.loads(tables)["plugins"]
+    assert table == {"use": "./my_loss.py:Warmth", "scale": 1.0}
+    assert len(Stack([table])) == 1
+
+
+class Demanding(Guide):
+    """Asks for much."""
+
+    class Settings(Guide.Settings):
+        text: str = Setting(min_length=1, description="what", examples=["it's a watercolor, wet"])
+        colors: list[str] = Setting(description="which")
+        weights: dict[str, float] = Setting(default_factory=dict, description="how much")
+
+    def loss_guidance(self, step: object) -> None: ...
+
+
+def test_the_pasted_block_has_what_must_be_given() -> None:
+    settings = listing.example_settings(Demanding)
+    assert settings == {"text": "it's a watercolor, wet", "colors": ["..."], "scale": 1.0}
+    block = listing.paste_block("demanding", Demanding)
+    (table,) = tomllib.loads(block[block.index("[[plugins]]") :])["plugins"]
+    assert table == {"use": "demanding", **settings}
+
+
+def test_the_pasted_command_survives_the_shell() -> None:
+    import shlex
+
+    lines = listing.paste_block("demanding", Demanding).splitlines()
+    line = next(line for line in lines if "--use" in line)
+    use, settings = registry.parse_use(shlex.split(line)[-1])
+    assert (use, Demanding(**settings).settings) == (
+        "demanding",
+        Demanding(text="it's a watercolor, wet", colors=["..."]).settings,
+    )
+
+
+def test_the_table_tells_types_defaults_and_ranges() -> None:
+    rows = {row[0]: row[1:4] for row in listing.setting_rows(Demanding)}
+    assert rows["text"] == ("str", "(required)", "at least 1")
+    assert rows["weights"] == ("dict[str, float]", "{}", "")
+    assert rows["gradient"] == ("x0 | latents", "-", "")
+    assert rows["every"] == ("int", "1", ">= 1")
+
+
+def test_a_bare_class_with_hookimpl_can_be_shown() -> None:
+    class Bare:
+        @hookimpl
+        def after_step(self, step: object) -> None: ...
+
+    assert listing.hooks_of(Bare) == ["after_step"]
+    assert listing.setting_rows(Bare)[1:] == []
+    assert listing.example_settings(Bare) == {}
+
+
+# ---- doctor ----
+
+
+def test_doctor_imports_each_plugin_and_survives_the_broken_ones(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "quits.py").write_text("raise SystemExit(3)")
+    (folder / "lacks.py").write_text("import no_such_module")
+    (folder / "whole.py").write_text(MY_LOSS)
+    monkeypatch.syspath_prepend(str(folder))
+    install(monkeypatch, a="quits:A", b="lacks:B", c="whole:Warmth", d="whole:Setting")
+    done = call("doctor")
+    assert done.exit_code == 1
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "BROKEN: SystemExit: 3" in lines["a"]
+    assert "BROKEN: ModuleNotFoundError: No module named 'no_such_module'" in lines["b"]
+    assert "BROKEN" not in lines["c"]
+    assert "BROKEN" in lines["d"]
+    assert done.stdout.endswith("3 broken: see above.\n")
+
+
+def test_doctor_is_content_with_a_healthy_installation() -> None:
+    done = call("doctor")
+    assert done.exit_code == 0, done.output
+    for name in ("python", "pilotfish", "torch", "diffusers", "transformers", "pluggy", "cpu"):
+        assert f"  {name} " in done.stdout
+    assert done.stdout.endswith("All is well.\n")
+
+
+def test_doctor_finds_a_model_whose_folder_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("gone", "pilotfish.testing:WORDS", registry.MODEL_GROUP)
+    monkeypatch.setattr(
+        registry, "_entry_points", lambda g: (entry,) if g == registry.MODEL_GROUP else ()
+    )
+    done = call("doctor")
+    assert done.exit_code == 1
+    assert "BROKEN" in done.stdout
+
+
+def test_every_command_and_option_has_help() -> None:
+    def walk(command: click.Command) -> list[click.Command]:
+        inner = command.commands.values() if isinstance(command, click.Group) else ()
+        return [command, *(c for sub in inner for c in walk(sub))]
+
+    for command in walk(main):
+        assert command.help
+        for parameter in command.params:
+            assert isinstance(parameter, click.Argument) or parameter.help, parameter.name  # type: ignore[attr-defined]
