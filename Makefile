@@ -1,0 +1,28 @@
+# `make demo` shows the main job, `make test` checks everything; both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
+PROJECTS := pyproject.toml $(addsuffix pyproject.toml,$(PLUGINS))
+
+.PHONY: demo test fast lint setup
+
+demo: setup
+	$(BIN)/python examples/campfire.py
+
+test: setup lint
+	$(BIN)/python -m pytest -q
+
+fast: setup
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src $(addsuffix src,$(PLUGINS))
+
+setup: .venv/installed
+
+.venv/installed: $(PROJECTS) constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" $(addprefix -e ./,$(PLUGINS))
+	touch $@

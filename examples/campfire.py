@@ -1,0 +1,48 @@
+"""One campfire, plain, in blue, and in a palette: three pictures and a strip in out/.
+
+The same seed each time, so what differs is what a plugin did. You see the fire stay a fire while
+its world takes the colours asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pilotfish
+from pilotfish.images import save, strip
+
+PICTURES = {
+    "campfire": [],
+    "campfire-blue": ["blue"],
+    "campfire-palette": [{"use": "palette", "colors": ["#035", "#fa0"]}],
+}
+
+
+def main(out: str = "out", steps: int = 25, model: str | None = None) -> Path:
+    """Make the pictures; returns where the strip is."""
+    sampler = pilotfish.load(model)
+    start = time.perf_counter()
+    results = {
+        name: sampler(
+            "a campfire on a black background",
+            plugins=plugins,
+            steps=steps,
+            guidance_scale=4,
+            seed=32,
+        )
+        for name, plugins in PICTURES.items()
+    }
+    for name, result in results.items():
+        print(save(result.images[0], f"{out}/{name}.png"))
+        for plugin in result.trace.plugins:
+            losses = result.trace.losses(plugin)
+            print(f"  {plugin}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    pictures = [result.images[0] for result in results.values()]
+    path = save(strip(pictures, ["plain", "blue", "palette #035 #fa0"]), f"{out}/strip.png")
+    print(f"{path}  ({time.perf_counter() - start:.1f} s)")
+    return path
+
+
+if __name__ == "__main__":
+    main()
