@@ -12,6 +12,7 @@ from pathlib import Path
 import pilotfish
 from pilotfish.images import save, strip
 
+PROMPT = "a campfire on a black background"
 PICTURES = {
     "campfire": [],
     "campfire-blue": ["blue"],
@@ -25,7 +26,7 @@ def main(out: str = "out", steps: int = 25, model: str | None = None) -> Path:
     start = time.perf_counter()
     results = {
         name: sampler(
-            "a campfire on a black background",
+            PROMPT,
             plugins=plugins,
             steps=steps,
             guidance_scale=4,

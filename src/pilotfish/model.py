@@ -7,6 +7,7 @@ what `LatentDiffusion` lists, so another family is another adapter.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -119,9 +120,11 @@ class StableDiffusion:
             return type(self.scheduler).from_config(self.scheduler.config)
         if isinstance(spec, str | Mapping):
             config = {"name": spec} if isinstance(spec, str) else dict(spec)
-            return scheduler_class(config.pop("name", "")).from_config(
-                self.scheduler.config, **config
-            )
+            scheduler = scheduler_class(config.pop("name", ""))
+            if "clip_sample" in inspect.signature(scheduler).parameters:
+                # Some schedulers clip where the model's configuration is silent; latents never are.
+                config.setdefault("clip_sample", self.scheduler.config.get("clip_sample", False))
+            return scheduler.from_config(self.scheduler.config, **config)
         if isinstance(spec, diffusers.SchedulerMixin):
             return type(spec).from_config(spec.config)
         raise InputError(f"scheduler must be a name or a diffusers scheduler; got {spec!r}")
@@ -219,7 +222,8 @@ class StableDiffusion:
         # A little ridge: latents are of size one, and an untrained VAE's carry next to nothing.
         ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1])
         ridge[-1, -1] = 0
-        return torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
+        matrix: Tensor = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
+        return matrix
 
     @contextlib.contextmanager
     def differentiable(self, checkpointing: str) -> Iterator[None]:

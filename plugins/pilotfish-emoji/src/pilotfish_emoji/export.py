@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from pilotfish_emoji.tokenizer import write_clip_files
@@ -20,14 +20,16 @@ KEPT = ("README.md", "judge.safetensors", "scores.json", "sheet.png")
 def pipeline(
     vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """The parts as diffusers' pipeline, with the scheduler of Stable Diffusion 1.x."""
-    scheduled = {key: value for key, value in NOISE.items() if key != "clip_sample"}
+    """The parts as diffusers' pipeline, with Stable Diffusion's noise.
+
+    Its configuration must say that latents are not clipped: other schedulers are made from it.
+    """
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,
         tokenizer=tokenizer,
         unet=denoiser.unet,
-        scheduler=PNDMScheduler(**scheduled, skip_prk_steps=True),
+        scheduler=DDIMScheduler(**NOISE),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
