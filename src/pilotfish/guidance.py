@@ -31,8 +31,8 @@ from .presets import Preset
 End = Literal["x0", "latents"]
 
 # What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
-# guidance, or an empty prompt), as a fraction of the prediction's own root mean square. Provisional:
-# docs/guidance.md, "Without a prompt", says what it was read from.
+# guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
+# Provisional: docs/guidance.md, "Without a prompt", says what it was read from.
 UNPROMPTED_PULL = 0.25
 
 
