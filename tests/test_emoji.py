@@ -1,5 +1,7 @@
 """The core on the trained model that ships: guidance that can be seen."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pilotfish_emoji import FOLDER
@@ -19,15 +21,9 @@ def sampler():
 
 def loss_of(sampler, guide, latents):
     """A guide's own loss on final pictures, (B,): one step at noise level zero."""
-    item = resolve(guide).plugin
     with torch.no_grad():
         image = sampler.model.decode(latents)
-
-    class View:
-        pass
-
-    View.image = image
-    return item.loss_guidance(View())
+    return resolve(guide).plugin.loss_guidance(SimpleNamespace(image=image))
 
 
 def test_the_talks_numbers_lower_the_blue_loss(sampler):

@@ -131,10 +131,12 @@ class StableDiffusion:
 
     def describe_scheduler(self, spec: Any) -> str | dict[str, Any]:
         """A scheduler as a run file holds it: its name, and what differs from the model's."""
+        if spec is None:
+            return short_name(type(self.scheduler).__name__)
+        if isinstance(spec, str):
+            return short_name(scheduler_class(spec).__name__)
         scheduler = self.new_scheduler(spec)
         name = short_name(type(scheduler).__name__)
-        if spec is None or isinstance(spec, str):
-            return name
         if isinstance(spec, Mapping):
             return {**spec, "name": name}
         usual = type(scheduler).from_config(self.scheduler.config).config

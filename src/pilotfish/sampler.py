@@ -314,8 +314,6 @@ class Sampling:
                 latents = self._advance(moment)
                 self._check_finite(latents, moment)
                 self.stack.notify("after_step", self._for_step(moment), moment.where)
-                if moment.stopped:
-                    latents = moment.x0().to(latents.dtype)
                 yield Step(moment)
                 if moment.stopped:
                     latents = moment.x0().to(latents.dtype)
