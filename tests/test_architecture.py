@@ -29,8 +29,11 @@ ALLOWED = {
     "images": set(),
     "torchvision_fakes": set(),
     "model": {"registry", "text", "torchvision_fakes"},
+    "step": {"guidance", "images", "noise", "run", "text"},
+    "guides": {"guidance", "plugin", "presets", "run", "stack", "step", "trace"},
     "sampler": {
-        *("guidance", "images", "noise", "plugin", "presets", "run", "stack", "text", "trace"),
+        *("guidance", "guides", "images", "noise", "presets", "run", "stack", "step", "text"),
+        "trace",
     },
 }
 

@@ -323,3 +323,12 @@ def test_check_plugin_tells_faults_apart(sampler):
     ):
         with pytest.raises(pilotfish.PilotfishError, match=what):
             check_plugin(plugin, sampler)
+
+
+def test_an_argument_that_a_hook_does_not_have_is_refused_with_those_it_has():
+    class Wrong(Plugin):
+        def on_predicted_x0(self, x0, latents):
+            return x0
+
+    with pytest.raises(PluginError, match=r"latents.*on_predicted_x0 takes: x0, step"):
+        Stack([Wrong()])

@@ -18,7 +18,8 @@ from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from .run import Run
-    from .sampler import Result, Sampler, Step, Stream, draw
+    from .sampler import Result, Sampler, Stream, draw
+    from .step import Step
     from .text import Embedding
     from .trace import Record, Trace
 
@@ -54,7 +55,7 @@ _LAZY = {
     "Result": "sampler",
     "Run": "run",
     "Sampler": "sampler",
-    "Step": "sampler",
+    "Step": "step",
     "Stream": "sampler",
     "Trace": "trace",
     "draw": "sampler",

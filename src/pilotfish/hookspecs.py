@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .run import Run
-    from .sampler import Step
+    from .step import Step
     from .text import Embedding
 
 hookspec = pluggy.HookspecMarker("pilotfish")

@@ -1,4 +1,4 @@
-"""The sampling loop, and the step that plugins see."""
+"""The sampler, and the sampling loop."""
 
 from __future__ import annotations
 
@@ -6,168 +6,28 @@ import contextlib
 import dataclasses
 import hashlib
 import inspect
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from . import guidance, images
-from .errors import ModelError, NonFiniteError, PilotfishError, PluginError
-from .noise import NoiseLevel, noise_level
-from .plugin import Guide
-from .presets import Preset, find_preset
+from .errors import ModelError, NonFiniteError, PilotfishError
+from .guides import Guides
+from .noise import noise_level
+from .presets import find_preset
 from .run import Options, Run
 from .stack import Call, Stack, tensor_problem
+from .step import Moment, Step
 from .text import Conditioning, collect_vocabulary, embed
-from .trace import Record, Trace
+from .trace import Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .model import LatentDiffusion
-
-
-@dataclass
-class Moment:
-    """What all views of one step share; lazy values are computed once."""
-
-    run: Run
-    index: int
-    num_steps: int
-    timestep: Tensor
-    level: NoiseLevel
-    latents: Tensor
-    conditioning: Conditioning
-    generators: Callable[[str], list[torch.Generator]]
-    output: Tensor | None = None
-    known_x0: Tensor | None = None
-    stopped: bool = False
-    views: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def where(self) -> str:
-        """For error messages."""
-        return f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
-
-    def x0(self) -> Tensor:
-        """Predicted clean latents."""
-        if self.known_x0 is None:
-            if self.output is None:
-                raise PilotfishError(
-                    "step.x0, eps, rgb and image are known only after the network has run; "
-                    "in before_step use step.latents"
-                )
-            self.known_x0 = self.level.x0(self.latents, self.output)
-        return self.known_x0
-
-    def view(self, name: str, build: Callable[[Tensor], Tensor]) -> Tensor:
-        """A picture of x0, built once."""
-        if name not in self.views:
-            with torch.no_grad():  # a stream's reader may have gradients on
-                self.views[name] = build(self.x0().detach())
-        return self.views[name]
-
-    def change_x0(self, x0: Tensor) -> None:
-        """Replace x0, and the output that would have given it."""
-        if self.output is None:
-            raise ValueError("no prediction to change")
-        self.output = self.level.output(self.latents, x0).to(self.output.dtype)
-        self.known_x0 = x0
-        self.views.clear()
-
-
-class Step:
-    """One step of a run: read-only, with lazy values that all plugins share.
-
-    Attributes:
-        index, num_steps: position in the loop, from 0. Two-stage schedulers such as Heun have
-            nearly two of these for each step of the user's.
-    """
-
-    def __init__(
-        self, moment: Moment, plugin: str = "", leaves: guidance.Leaves | None = None
-    ) -> None:
-        self._moment, self._plugin, self._leaves = moment, plugin, leaves
-        self.index, self.num_steps = moment.index, moment.num_steps
-
-    @property
-    def run(self) -> Run:
-        """The run's description; `run.model` holds the networks."""
-        return self._moment.run
-
-    @property
-    def progress(self) -> float:
-        """`index / num_steps`: 0 at the first step, below 1 at the last."""
-        return self.index / self.num_steps
-
-    @property
-    def timestep(self) -> Tensor:
-        """The network's own index, a scalar."""
-        return self._moment.timestep
-
-    @property
-    def alpha(self) -> float:
-        """`latents = alpha * x0 + sigma * eps`."""
-        return self._moment.level.alpha
-
-    @property
-    def sigma(self) -> float:
-        """`latents = alpha * x0 + sigma * eps`."""
-        return self._moment.level.sigma
-
-    @property
-    def latents(self) -> Tensor:
-        """Noisy latents (B, C, H, W), before this step is taken."""
-        return self._moment.latents.detach()
-
-    @property
-    def eps(self) -> Tensor:
-        """Predicted noise (B, C, H, W), after classifier-free guidance."""
-        moment = self._moment
-        x0 = moment.x0().detach()
-        return moment.level.eps(moment.latents.detach(), x0)
-
-    @property
-    def x0(self) -> Tensor:
-        """Predicted clean latents (B, C, H, W), float32."""
-        if self._leaves is not None:
-            return self._leaves("x0")
-        return self._moment.x0().detach()
-
-    @property
-    def image(self) -> Tensor:
-        """Decoded x0 (B, 3, 8H, 8W) in [0, 1], not clamped; costs a decode, once a step."""
-        if self._leaves is not None:
-            return self._leaves("image")
-        return self._moment.view("image", self.run.model.decode)
-
-    @property
-    def rgb(self) -> Tensor:
-        """Linear estimate of the colours of x0 (B, 3, H, W) in about [0, 1], nearly free."""
-        if self._leaves is not None:
-            return self._leaves("rgb")
-        return self._moment.view("rgb", self.run.model.rgb)
-
-    @property
-    def embeddings(self) -> Tensor:
-        """The prompt's embedding as the network gets it (B, T, D)."""
-        return self._moment.conditioning.values
-
-    @property
-    def generator(self) -> list[torch.Generator]:
-        """One CPU generator per image, this plugin's own: other plugins do not change its draws."""
-        return self._moment.generators(self._plugin)
-
-    def preview(self) -> list[Image]:
-        """Small pictures of x0, without a decode."""
-        return images.preview(self.rgb)
-
-    def stop(self) -> None:
-        """End the run after this step; its x0 becomes the result."""
-        self._moment.stopped = True
 
 
 @dataclass(frozen=True)
@@ -286,12 +146,11 @@ class Sampling:
         self.scheduler = model.new_scheduler(run.scheduler)
         self.scheduler.set_timesteps(run.steps, device=model.device)
         self.num_steps = len(self.scheduler.timesteps)
-        self.preset: Preset = find_preset(run.preset)
         self.shape = (run.num_images, *model.latent_shape(run.height, run.width))
         self.described = describe(model, run, stack)
         self.run = dataclasses.replace(self.described, model=model)
         self.generators = seeded(self.run, "")
-        self.disabled: set[str] = set()
+        self.guides = Guides(stack, self.run, find_preset(run.preset), self.trace)
         self.final: Tensor | None = None
         self._plugin_generators: dict[str, list[torch.Generator]] = {}
         self._step_options = self._accepted_options()
@@ -307,10 +166,11 @@ class Sampling:
             for index in range(first, self.num_steps):
                 moment = self._moment(index, latents, conditioning)
                 moment.latents = self._before_step(moment)
-                guides = self._active(index)
-                with self._differentiable(guides):
-                    trunk, pull = self._predict(moment, both, guides)
-                    self._guide(moment, guides, trunk, pull)
+                active = self.guides.active(index, self.num_steps)
+                with self._differentiable(active):
+                    cond, uncond = self._predict(moment, both, active)
+                    if active:
+                        self._guide(moment, active, cond, uncond)
                 latents = self._advance(moment)
                 self._check_finite(latents, moment)
                 self.stack.notify("after_step", self._for_step(moment), moment.where)
@@ -424,38 +284,53 @@ class Sampling:
         )
         return latents
 
+    def _differentiable(self, active: list[Call]) -> contextlib.AbstractContextManager[None]:
+        if not active:
+            return contextlib.nullcontext()
+        return self.model.differentiable(self.run.checkpointing)
+
     def _predict(
-        self, moment: Moment, both: Conditioning, guides: list[Call]
-    ) -> tuple[guidance.Trunk | None, Tensor | None]:
-        """The guided prediction and x0; for guides also the trunk and the prompt's own pull."""
-        through = any(self._end(guide) == "latents" for guide in guides)
+        self, moment: Moment, both: Conditioning, active: list[Call]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both predictions; the moment gets the guided one, and x0.
+
+        With a graph from the latents on if the gradient of an active guide ends there.
+        """
+        through = any(self.guides.end(guide) == "latents" for guide in active)
         with torch.set_grad_enabled(through):
             if through:
                 moment.latents = moment.latents.detach().requires_grad_()
             cond, uncond = self._network(moment, both)
             moment.output = self._combine(moment, cond, uncond)
             if self.stack.calls["on_predicted_x0"]:
-                before = moment.x0()
-                after = self.stack.chain(
-                    "on_predicted_x0",
-                    before,
-                    lambda name, x0: {"x0": x0, "step": Step(moment, name)},
-                    tensor_problem,
-                    moment.where,
-                )
-                if after is not before:
-                    moment.change_x0(after)
-            if not guides:
-                return None, None
-            x0 = moment.x0()
-        trunk = guidance.Trunk(
-            x0, self.model.decode, self.model.rgb, moment.latents if through else None
+                self._on_predicted_x0(moment)
+            if active:
+                moment.x0()  # with its graph
+        return cond.detach(), None if uncond is None else uncond.detach()
+
+    def _on_predicted_x0(self, moment: Moment) -> None:
+        before = moment.x0()
+        after = self.stack.chain(
+            "on_predicted_x0",
+            before,
+            lambda name, x0: {"x0": x0, "step": Step(moment, name)},
+            tensor_problem,
+            moment.where,
         )
-        moment.output, moment.known_x0 = moment.output.detach(), x0.detach()
-        moment.latents = moment.latents.detach()
-        scale, applied_to = self.run.guidance_scale, self.preset.applied_to
-        cond, uncond = cond.detach(), None if uncond is None else uncond.detach()
-        return trunk, guidance.prompt_pull(moment.level, cond, uncond, scale, applied_to)
+        if after is not before:
+            moment.change_x0(after)
+
+    def _guide(
+        self, moment: Moment, active: list[Call], cond: Tensor, uncond: Tensor | None
+    ) -> None:
+        """Let the guides move the moment, which keeps no graph."""
+        start = moment.latents if moment.latents.requires_grad else None
+        trunk = guidance.Trunk(moment.x0(), self.model.decode, self.model.rgb, start)
+        moment.detach()
+        pull = guidance.prompt_pull(
+            moment.level, cond, uncond, self.run.guidance_scale, self.guides.preset.applied_to
+        )
+        self.guides.move(moment, active, trunk, pull)
 
     def _network(self, moment: Moment, both: Conditioning) -> tuple[Tensor, Tensor | None]:
         """One call of the network: the prediction for the prompt, and for the negative prompt."""
@@ -501,85 +376,6 @@ class Sampling:
         """
         if getattr(self.scheduler, "step_index", None) is not None:
             self.scheduler._step_index = index + 1
-
-    # ---- guides ----
-
-    def _active(self, index: int) -> list[Call]:
-        """The guides that act at this step."""
-        return [
-            call
-            for call in self.stack.calls["loss_guidance"]
-            if call.name not in self.disabled
-            and (not isinstance(call.plugin, Guide) or call.plugin.acts_at(index, self.num_steps))
-        ]
-
-    def _end(self, call: Call) -> guidance.End:
-        own = getattr(getattr(call.plugin, "settings", None), "gradient", None)
-        return own or self.preset.gradient
-
-    def _differentiable(self, guides: list[Call]) -> contextlib.AbstractContextManager[None]:
-        if not guides:
-            return contextlib.nullcontext()
-        return self.model.differentiable(self.run.checkpointing)
-
-    def _guide(
-        self,
-        moment: Moment,
-        guides: list[Call],
-        trunk: guidance.Trunk | None,
-        prompt_pull: Tensor | None,
-    ) -> None:
-        """Move the latents, or the prediction, against the guides' gradients."""
-        if trunk is None or prompt_pull is None:
-            return
-        pulls = [p for guide in guides if (p := self._pull(moment, guide, trunk)) is not None]
-        if not pulls:
-            return
-        move = guidance.combine(trunk, pulls, self.preset, moment.level, prompt_pull)
-        if self.preset.applied_to == "latents":
-            moment.latents = moment.latents + move.to(moment.latents.dtype)
-        else:
-            moment.change_x0(moment.x0() + move)
-        for pull in pulls:
-            loss, norm, share = (tuple(v.tolist()) for v in (pull.loss, pull.norm(), pull.share))
-            self.trace.append(
-                Record(moment.index, moment.level.sigma, pull.name, loss, norm, share, pull.seconds)
-            )
-
-    def _pull(self, moment: Moment, call: Call, trunk: guidance.Trunk) -> guidance.Pull | None:
-        """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
-        leaves = guidance.Leaves(trunk)
-        start = time.perf_counter() - trunk.seconds
-        try:
-            with torch.enable_grad():
-                view = Step(moment, call.name, leaves)
-                loss = self.stack.call(call, {"step": view}, moment.where)
-                if loss is None:
-                    return None
-                try:
-                    gradients = guidance.leaf_gradients(loss, leaves, self.run.num_images)
-                except guidance.LossFault as fault:
-                    self.stack.blame(call.name, call.hook, str(fault), moment.where)
-        except PluginError as error:
-            self._tolerate(error, moment, call.name)
-            return None
-        settings = getattr(call.plugin, "settings", None)
-        return guidance.Pull(
-            name=call.name,
-            scale=getattr(settings, "scale", 1.0),
-            end=self._end(call),
-            loss=loss.detach().reshape(self.run.num_images).float(),
-            gradients=gradients,
-            seconds=time.perf_counter() - trunk.seconds - start,
-        )
-
-    def _tolerate(self, error: PluginError, moment: Moment, name: str) -> None:
-        """Raise, or write the guide's failure into the trace and go on without it."""
-        if self.run.on_error == "raise":
-            raise error
-        if self.run.on_error == "disable":
-            self.disabled.add(name)
-        self.trace.append(Record(moment.index, moment.level.sigma, name, error=str(error)))
 
     # ---- small things ----
 

@@ -6,6 +6,7 @@ returned what. So calls are folded here over its `get_hookimpls()`, in the user'
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,13 @@ class Stack:
         try:
             self._manager.register(entry.plugin, name)
         except pluggy.PluginValidationError as error:
+            hooks = [hook for hook in hookspecs.KINDS if f"hook {hook!r}" in str(error)]
+            takes = "".join(
+                f". {h} takes: {', '.join(inspect.signature(getattr(hookspecs, h)).parameters)}"
+                for h in hooks
+            )
             raise PluginError(
-                f"{self.label(name)}: {str(error).splitlines()[-1]}", plugin=name
+                f"{self.label(name)}: {str(error).splitlines()[-1]}{takes}", plugin=name
             ) from error
         except ValueError as error:
             raise InputError(

@@ -16,8 +16,9 @@ from ..noise import NoiseLevel
 from ..plugin import Guide, Plugin
 from ..presets import find_preset
 from ..run import Run
-from ..sampler import Moment, Step, seeded
+from ..sampler import seeded
 from ..stack import Call, Stack
+from ..step import Moment, Step
 from ..text import Conditioning
 from .listing import columns, hooks_of
 
