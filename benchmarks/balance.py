@@ -10,9 +10,9 @@ prompt's object; of the background too, but that is what a colour guide is asked
 
 Also measured: `UNPROMPTED_PULL` of `pilotfish.guidance`, what stands in for the prompt's own pull.
 
-Every point is measured on 16 pictures before any is measured on 32, the points that matter most
-first, so a run can stop at any time. What is finished is kept in `benchmarks/.work` and not
-measured again, until the weights change.
+Scale 1 and no guide are measured on all 64 pictures first, then every other point on 16 before any
+is measured on 32, so a run can stop at any time. What is finished is kept in `benchmarks/.work` and
+not measured again, until the weights or the preset's strength change.
 """
 
 from __future__ import annotations
@@ -45,11 +45,9 @@ GUIDES: dict[str, dict[str, Any]] = {
     "blue": {"use": "blue"},
     "palette": {"use": "palette", "colors": ["#14213d", "#fca311", "#e5e5e5"]},
 }
-SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
+SCALES = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
 USUAL, STRONG = 4.0, 7.5  # guidance_scale: of the emoji model's own tests, and pilotfish's default
 STEPS, BATCH, BATCHES = 25, 16, 4
-# Not clipped: from a configuration that does not say so, DDIM would clip latents to [-1, 1].
-SCHEDULER = {"name": "ddim", "clip_sample": False}
 SHOWN = (2, 5, 10)  # of the first batch, on the sheet: campfire, penguin, boat
 TILE = 64
 
@@ -117,22 +115,30 @@ def labels_of(batch: int) -> list[tuple[int, int]]:
     return [(o, (7 * o + o // 10 + 5) % 10) for o in objects][:BATCH]
 
 
+def usual() -> list[Point]:
+    """No guide, and each guide as it is without any setting."""
+    return [
+        point
+        for guidance_scale in (USUAL, STRONG)
+        for point in (
+            Point("", "", 0.0, guidance_scale),
+            *(Point(guide, "x0", 1.0, guidance_scale) for guide in GUIDES),
+        )
+    ]
+
+
 def grid(quick: bool) -> list[Point]:
     """All points, the ones that matter most first."""
-    near, far = (1.0, 0.5, 2.0), () if quick else (0.2, 4.0, 0.1)
-    points = [Point("", "", 0.0, USUAL)]
-    points += [Point("blue", "x0", scale, USUAL) for scale in (*near, *far)]
-    points += [Point("palette", "x0", scale, USUAL) for scale in near]
-    points += [Point("blue", "latents", scale, USUAL) for scale in near]
-    points += [Point("", "", 0.0, STRONG), Point("", "", 0.0, 1.0)]
+    near, far = (0.5, 1.5, 2.0), () if quick else (0.25, 4.0)
+    points = usual()
+    points += [Point(guide, "x0", scale, USUAL) for scale in near for guide in GUIDES]
+    points += [Point("", "", 0.0, 1.0)]
     points += [Point("blue", "x0", scale, 1.0) for scale in (1.0, 2.0, 4.0)]
-    points += [Point("blue", "x0", scale, USUAL, floored=False) for scale in near]
-    points += [Point("blue", "x0", 1.0, STRONG)]
+    points += [Point("blue", "x0", 1.0, USUAL, floored=False)]
+    points += [Point(guide, "x0", scale, USUAL) for scale in far for guide in GUIDES]
+    points += [Point("blue", "latents", scale, USUAL) for scale in (1.0, 0.5, 2.0)]
     if not quick:
-        points += [Point("palette", "latents", scale, USUAL) for scale in near]
-        points += [Point("palette", "x0", 1.0, STRONG), Point("blue", "latents", 1.0, STRONG)]
-        points += [Point("palette", "x0", scale, USUAL) for scale in far]
-        points += [Point("blue", "latents", scale, USUAL) for scale in far]
+        points += [Point("palette", "latents", scale, USUAL) for scale in (1.0, 0.5, 2.0)]
     return points
 
 
@@ -190,7 +196,7 @@ class Lab:
             result = self.sampler(
                 plugins=plugins,
                 preset="balanced",
-                scheduler=SCHEDULER,
+                scheduler="ddim",
                 steps=STEPS,
                 seed=batch * BATCH,
                 num_images=len(texts),
@@ -229,9 +235,8 @@ def floor(value: float) -> Iterator[None]:
         guidance.UNPROMPTED_PULL = before
 
 
-def run(lab: Lab, points: Sequence[Point], batches: int, minutes: float | None) -> None:
-    """Measure what is missing, until the time is up."""
-    end = time.perf_counter() + (minutes * 60 if minutes else float("inf"))
+def run(lab: Lab, points: Sequence[Point], batches: int, end: float) -> None:
+    """Measure what is missing, until the clock says `end`."""
     longest = 0.0
     for batch in range(batches):
         for point in points:
@@ -437,9 +442,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="of the pictures")
     args = parser.parse_args(arguments)
     sampler = pilotfish.load(args.model)
-    folder = HERE / ".work" / f"balance-{fingerprint(sampler.model)}-{guidance.UNPROMPTED_PULL:g}"
+    numbers = f"{guidance.UNPROMPTED_PULL:g}-{pilotfish.PRESETS['balanced'].strength:g}"
+    folder = HERE / ".work" / f"balance-{fingerprint(sampler.model)}-{numbers}"
     lab, points = Lab(sampler, load_judge(args.judge), folder), grid(args.quick)
-    run(lab, points, 1 if args.quick else BATCHES, args.minutes)
+    end = time.perf_counter() + (args.minutes * 60 if args.minutes else float("inf"))
+    if not args.quick:
+        run(lab, usual(), BATCHES, end)
+    run(lab, points, 1 if args.quick else BATCHES, end)
     report(lab, points, args.out, args.docs)
 
 

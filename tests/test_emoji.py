@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pilotfish_emoji import FOLDER
+from pilotfish_emoji import judge as judges
 
 import pilotfish
 from pilotfish.registry import resolve
@@ -12,6 +13,14 @@ from pilotfish.registry import resolve
 pytestmark = pytest.mark.slow
 
 CAMPFIRE = "a campfire on a black background"
+PROMPTS = {
+    "campfire": CAMPFIRE,
+    "frog": "a frog on a gray background",
+    "panda": "a panda on a white background",
+    "rocket": "a rocket on a red background",
+}
+PALETTE = {"use": "palette", "colors": ["#14213d", "#fca311", "#e5e5e5"]}
+RUN = {"steps": 25, "scheduler": "ddim", "guidance_scale": 4, "num_images": 4, "seed": 100}
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +28,42 @@ def sampler():
     return pilotfish.load()
 
 
+@pytest.fixture(scope="module")
+def plain(sampler):
+    """16 unguided pictures' latents, four seeds of each prompt."""
+    return {name: sampler(prompt, **RUN).latents for name, prompt in PROMPTS.items()}
+
+
 def loss_of(sampler, guide, latents):
     """A guide's own loss on final pictures, (B,): one step at noise level zero."""
     with torch.no_grad():
         image = sampler.model.decode(latents)
     return resolve(guide).plugin.loss_guidance(SimpleNamespace(image=image))
+
+
+@pytest.mark.parametrize("guide", ["blue", PALETTE], ids=["blue", "palette"])
+def test_at_the_default_scale_a_colour_guide_halves_its_loss_and_keeps_the_object(
+    sampler, plain, guide
+):
+    judge = judges.load()
+    before, after, kept = [], [], 0
+    for name, prompt in PROMPTS.items():
+        latents = sampler(prompt, plugins=[guide], **RUN).latents
+        before.append(loss_of(sampler, guide, plain[name]))
+        after.append(loss_of(sampler, guide, latents))
+        with torch.no_grad():
+            verdict = judge.judge(sampler.model.decode(latents).clamp(0, 1))
+        kept += sum(found == name for found, *_ in verdict.names)
+    assert torch.cat(after).mean() <= 0.5 * torch.cat(before).mean()
+    assert kept >= 0.85 * 16  # benchmarks/balance.py has 64 prompts
+
+
+def test_a_batch_of_four_equals_four_single_runs_within_1e_4(sampler):
+    run = {"steps": 10, "plugins": ["blue"], "scheduler": "euler-ancestral"}
+    batch = sampler(CAMPFIRE, seed=5, num_images=4, **run).latents
+    singles = [sampler(CAMPFIRE, seed=5 + i, **run).latents for i in range(4)]
+    # Convolutions sum in another order for another batch size.
+    torch.testing.assert_close(batch, torch.cat(singles), atol=1e-4, rtol=0)
 
 
 def test_the_talks_numbers_lower_the_blue_loss(sampler):

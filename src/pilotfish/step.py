@@ -37,10 +37,9 @@ class Moment:
     stopped: bool = False
     views: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def where(self) -> str:
-        """For error messages."""
-        return f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
+    def __post_init__(self) -> None:
+        # For error messages; a property would format it for every hook.
+        self.where = f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
 
     def x0(self) -> Tensor:
         """Predicted clean latents."""
@@ -76,16 +75,22 @@ class Moment:
 
 
 class Step:
-    """One step of a run: read-only, with lazy values that all plugins share.
+    """One step of a run: read-only, with lazy values that all plugins share."""
 
-    Attributes:
-        index, num_steps: position in the loop, from 0. Two-stage schedulers such as Heun have
-            nearly two of these for each step of the user's.
-    """
+    __slots__ = ("_leaves", "_moment", "_plugin")
 
     def __init__(self, moment: Moment, plugin: str = "", leaves: Leaves | None = None) -> None:
         self._moment, self._plugin, self._leaves = moment, plugin, leaves
-        self.index, self.num_steps = moment.index, moment.num_steps
+
+    @property
+    def index(self) -> int:
+        """Position in the loop, from 0."""
+        return self._moment.index
+
+    @property
+    def num_steps(self) -> int:
+        """Of the loop: two-stage schedulers such as Heun have nearly two for each of the user's."""
+        return self._moment.num_steps
 
     @property
     def run(self) -> Run:

@@ -28,7 +28,6 @@ from pilotfish_emoji.vae import build_vae, encode, reconstructions, train_decode
 from pilotfish_emoji.world import Dataset, caption, dataset, sheet
 
 PICTURES = 32_768
-CACHED = 20_480  # of these, the latents that the UNet learns from
 SEED = 0
 
 
@@ -107,18 +106,15 @@ def cached_latents(options: Options) -> Latents:
     path = options.out / "latents.pt"
     if not path.exists():
         data, tokenizer = pictures(options), build_tokenizer()
-        means, stds = encode(make_vae(options), data.images[:CACHED])
-        ids = caption_ids(tokenizer, data.captions[:CACHED])
+        means, stds = encode(make_vae(options), data.images)
+        ids = caption_ids(tokenizer, data.captions)
         empty = caption_ids(tokenizer, [""])[0]
         torch.save((means.half(), stds.half(), ids, empty), path)
     return Latents(*torch.load(path, weights_only=True))
 
 
 def make_denoiser(options: Options) -> Denoiser:
-    """Trains the UNet and the text encoder; exports a folder and a sheet every ten minutes.
-
-    A second, shorter cycle goes on from the first one's averaged weights.
-    """
+    """Trains the UNet and the text encoder; exports a folder and a sheet every ten minutes."""
     data, vae, tokenizer = cached_latents(options), make_vae(options), build_tokenizer()
     torch.manual_seed(SEED)
     denoiser = Denoiser(build_unet(), build_text_encoder(tokenizer))
@@ -131,21 +127,16 @@ def make_denoiser(options: Options) -> Denoiser:
         images = sample(pipeline(vae, denoiser, tokenizer), prompts)
         sheet(images).save(options.out / f"samples-{step:05d}.png")
 
-    second = options.unet_steps * 2 // 15
-    cycles = (options.unet_steps - second, 2e-3), (second, 1e-3)
-    for seed, (num_steps, rate) in enumerate(cycles):
-        train_denoiser(
-            denoiser,
-            data,
-            num_steps=num_steps,
-            checkpoint=options.out / f"unet-{seed + 1}.pt",
-            seed=seed,
-            learning_rate=rate,
-            batch=options.batch,
-            device=options.device,
-            workers=options.workers,
-            snapshot=snapshot,
-        )
+    train_denoiser(
+        denoiser,
+        data,
+        num_steps=options.unet_steps,
+        checkpoint=options.out / "unet.pt",
+        batch=options.batch,
+        device=options.device,
+        workers=options.workers,
+        snapshot=snapshot,
+    )
     snapshot(options.unet_steps, denoiser)
     return denoiser
 
@@ -177,7 +168,7 @@ def read_options() -> tuple[str, Options]:
     parser.add_argument("--target", type=Path, default=FOLDER, help="folder of the finished model")
     parser.add_argument("--vae-steps", type=int, default=2_500)
     parser.add_argument("--decoder-steps", type=int, default=500)
-    parser.add_argument("--unet-steps", type=int, default=2_250)
+    parser.add_argument("--unet-steps", type=int, default=4_500)
     parser.add_argument("--judge-steps", type=int, default=1_400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")

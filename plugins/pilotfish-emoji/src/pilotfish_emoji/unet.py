@@ -16,7 +16,7 @@ from pilotfish_emoji.muon import split_optimizers
 from pilotfish_emoji.tokenizer import MAX_LENGTH, token_ids
 
 WIDTH = 128
-DROPPED = 0.1  # share of empty captions, for classifier-free guidance
+DROPPED = 0.15  # share of empty captions, for classifier-free guidance
 MIN_SNR = 5.0  # Hang et al. 2023, arXiv 2303.09556
 TIMESTEPS = 1000
 NOISE = {
@@ -106,7 +106,7 @@ def train_denoiser(
     *,
     num_steps: int,
     checkpoint: Path,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     batch: int = 32,
     seed: int = 0,
     device: str = "cpu",
@@ -149,7 +149,7 @@ def train_denoiser(
 def draw_batch(
     data: Latents, batch: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, timesteps spread evenly over the range, and token ids, a tenth of them empty."""
+    """Latents, timesteps spread evenly over the range, and token ids, some of them empty."""
     chosen = torch.randint(len(data.means), (batch,), generator=generator)
     noise = torch.randn((batch, *data.means.shape[1:]), generator=generator)
     latents = data.means[chosen].float() + data.stds[chosen].float() * noise
