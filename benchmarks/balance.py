@@ -12,7 +12,7 @@ Also measured: `UNPROMPTED_PULL` of `pilotfish.guidance`, what stands in for the
 
 Scale 1 and no guide are measured on all 64 pictures first, then every other point on 16 before any
 is measured on 32, so a run can stop at any time. What is finished is kept in `benchmarks/.work` and
-not measured again, until the weights or the preset's strength change.
+not measured again, until the weights change.
 """
 
 from __future__ import annotations
@@ -442,8 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="of the pictures")
     args = parser.parse_args(arguments)
     sampler = pilotfish.load(args.model)
-    numbers = f"{guidance.UNPROMPTED_PULL:g}-{pilotfish.PRESETS['balanced'].strength:g}"
-    folder = HERE / ".work" / f"balance-{fingerprint(sampler.model)}-{numbers}"
+    folder = HERE / ".work" / f"balance-{fingerprint(sampler.model)}-{guidance.UNPROMPTED_PULL:g}"
     lab, points = Lab(sampler, load_judge(args.judge), folder), grid(args.quick)
     end = time.perf_counter() + (args.minutes * 60 if args.minutes else float("inf"))
     if not args.quick:

@@ -11,7 +11,7 @@ broken guide is caught at its leaf and touches nobody else's gradient.
 * Rule "sigma2" (the Deep Dive talk): `size = scale * sigma^2` on the latents, with
   `g = dL/dlatents`; in these coordinates the same picture in every scheduler family.
 * Rule "rms" (after FreeDoM, Yu et al. 2023, arXiv 2303.09833): `g` is scaled to the root mean
-  square of the prompt's own pull, so that a scale means as much whatever the loss.
+  square of the prompt's own pull, so scale 1 means "as strong as the prompt", whatever the loss.
   We differ: each guide is normalised on its own, at its leaf, before they are summed.
 """
 
@@ -210,7 +210,7 @@ def combine(
             on_latents = -(level.sigma**2) * g
             moves.append(on_latents if preset.applied_to == "latents" else on_latents / level.alpha)
     _share(pulls)
-    return preset.strength * sum(moves[1:], start=moves[0])
+    return sum(moves[1:], start=moves[0])
 
 
 def _sum_at_x0(trunk: Trunk, pulls: Sequence[Pull], unit: bool, retain_graph: bool) -> Tensor:

@@ -19,7 +19,6 @@ class Preset:
             "prediction" moves x0, and the scheduler continues from there.
         rule: "sigma2", `scale * sigma^2 * g`; or "rms", `scale` times the prompt's own pull,
             whatever the loss's own size (`guidance.py`).
-        strength: what a guide's scale 1 stands for: a factor on the move.
         source: where it comes from.
     """
 
@@ -28,22 +27,13 @@ class Preset:
     applied_to: Literal["latents", "prediction"]
     rule: Literal["sigma2", "rms"]
     source: str
-    strength: float = 1.0
 
 
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset("deep-dive", "x0", "latents", "sigma2", "Whitaker 2022, Stable Diffusion Deep Dive"),
-        # 0.6: the losses fall by more than half and the object stays, docs/guidance.md.
-        Preset(
-            "balanced",
-            "x0",
-            "prediction",
-            "rms",
-            "ours; rule after FreeDoM, arXiv 2303.09833",
-            strength=0.6,
-        ),
+        Preset("balanced", "x0", "prediction", "rms", "ours; rule after FreeDoM, arXiv 2303.09833"),
     )
 }
 

@@ -62,8 +62,10 @@ def test_pictures_show_what_the_prompts_ask_for() -> None:
 def test_the_shipped_scores_were_taken_as_the_card_says() -> None:
     scores = json.loads((FOLDER / score.FILE).read_text("utf-8"))
     assert scores["settings"] == score.SETTINGS
-    assert scores["seen"]["prompts"] >= 128
-    assert {"seen", "held_out", "styled"} <= set(scores)
+    assert scores["seen"]["prompts"] == score.PROMPTS
+    assert scores["seen"]["both"] >= 0.98
+    assert scores["held_out"]["both"] >= 0.95
+    assert scores["styled"]["style"] >= 0.95
 
 
 @needs_font
