@@ -133,7 +133,7 @@ def grid(quick: bool) -> list[Point]:
     points = usual()
     points += [Point(guide, "x0", scale, USUAL) for scale in near for guide in GUIDES]
     points += [Point("", "", 0.0, 1.0)]
-    points += [Point("blue", "x0", scale, 1.0) for scale in (1.0, 2.0, 4.0)]
+    points += [Point("blue", "x0", scale, 1.0) for scale in (1.0, 0.5, 2.0)]
     points += [Point("blue", "x0", 1.0, USUAL, floored=False)]
     points += [Point(guide, "x0", scale, USUAL) for scale in far for guide in GUIDES]
     points += [Point("blue", "latents", scale, USUAL) for scale in (1.0, 0.5, 2.0)]
@@ -406,7 +406,7 @@ def plot(points: Sequence[dict[str, Any]], target: Path) -> None:
 
 def sheet(lab: Lab, target: Path) -> None:
     """The shown prompts (rows) over scale (columns), for every guide and gradient."""
-    blocks = [(guide, gradient) for guide in GUIDES for gradient in ("x0", "latents")]
+    blocks = [("blue", "x0"), ("blue", "latents"), ("palette", "x0")]  # what `grid` measures
     scales, line, left = (0.0, *SCALES), 14, 96
     height = line + len(blocks) * (len(SHOWN) * TILE + 4)
     canvas = Image.new("RGB", (left + len(scales) * (TILE + 2), height), "white")

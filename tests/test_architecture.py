@@ -28,7 +28,7 @@ ALLOWED = {
     "text": {"stack"},
     "images": set(),
     "torchvision_fakes": set(),
-    "model": {"registry", "text", "torchvision_fakes"},
+    "model": {"noise", "registry", "text", "torchvision_fakes"},
     "step": {"guidance", "images", "noise", "run", "text"},
     "guides": {"guidance", "plugin", "presets", "run", "stack", "step", "trace"},
     "sampler": {

@@ -8,6 +8,8 @@ from pilotfish_emoji import FOLDER
 from pilotfish_emoji import judge as judges
 
 import pilotfish
+from pilotfish import Sampler
+from pilotfish.model import diffusers  # with torchvision mended first
 from pilotfish.registry import resolve
 
 pytestmark = pytest.mark.slow
@@ -58,28 +60,31 @@ def test_at_the_default_scale_a_colour_guide_halves_its_loss_and_keeps_the_objec
     assert kept >= 0.85 * 16  # benchmarks/balance.py has 64 prompts
 
 
-def test_a_batch_of_four_equals_four_single_runs_within_1e_4(sampler):
-    run = {"steps": 10, "plugins": ["blue"], "scheduler": "euler-ancestral"}
-    batch = sampler(CAMPFIRE, seed=5, num_images=4, **run).latents
-    singles = [sampler(CAMPFIRE, seed=5 + i, **run).latents for i in range(4)]
-    # Convolutions sum in another order for another batch size.
+@pytest.mark.parametrize("guide", ["blue", PALETTE], ids=["blue", "palette"])
+def test_a_batch_of_four_equals_four_single_runs_within_1e_4(guide):
+    # In float64: in float32 a guide whose loss is nearly met makes full-size steps of rounding,
+    # which differs with the batch's size and the processor (docs/guidance.md).
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None)
+    exact = Sampler.from_pipeline(pipeline.to(dtype=torch.float64))
+    run = {"steps": 10, "plugins": [guide], "scheduler": "euler-ancestral"}
+    batch = exact(CAMPFIRE, seed=5, num_images=4, **run).latents
+    singles = [exact(CAMPFIRE, seed=5 + i, **run).latents for i in range(4)]
     torch.testing.assert_close(batch, torch.cat(singles), atol=1e-4, rtol=0)
 
 
 def test_the_talks_numbers_lower_the_blue_loss(sampler):
-    talk = {"steps": 50, "scheduler": "lms", "guidance_scale": 8, "num_images": 4, "seed": 100}
+    # But guidance 4: at the talk's 8, fourth-order LMS is unstable on this model in 50 steps.
+    talk = {"steps": 50, "scheduler": "lms", "guidance_scale": 4, "num_images": 4, "seed": 100}
     unguided = sampler(CAMPFIRE, **talk).latents
     guided = sampler(
         CAMPFIRE, plugins=["blue:scale=200,every=5"], preset="deep-dive", **talk
     ).latents
     losses = [float(loss_of(sampler, "blue", x).mean()) for x in (unguided, guided)]
-    assert losses[1] < losses[0]
+    assert losses[1] < 0.95 * losses[0]
 
 
 def test_no_guide_leaves_the_pictures_equal_to_diffusers(sampler):
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(32)
     theirs = pipeline(CAMPFIRE, num_inference_steps=10, generator=generator).images[0]

@@ -25,15 +25,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .noise import NoiseLevel
+from .noise import NoiseLevel, at_least_float32
 from .presets import Preset
 
 End = Literal["x0", "latents"]
 
 # What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
 # guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
-# Provisional: docs/guidance.md, "Without a prompt", says what it was read from.
-UNPROMPTED_PULL = 0.25
+# Measured: docs/guidance.md, "Without a prompt".
+UNPROMPTED_PULL = 0.1
 
 
 class LossFault(Exception):
@@ -169,7 +169,7 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[str, T
         )
     if not loss.isfinite().all():
         raise LossFault(f"returned a loss that is not finite: {_listed(loss)}")
-    total = (loss.float() if loss.element_size() < 4 else loss).sum()
+    total = at_least_float32(loss).sum()
     found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
     gradients = {leaf: g for leaf, g in zip(leaves.read, found, strict=True) if g is not None}
     if not gradients:
@@ -256,9 +256,9 @@ def prompt_pull(
     Returns:
         (B, 1, 1, 1).
     """
-    pull = UNPROMPTED_PULL * _rms(cond.float())
+    pull = UNPROMPTED_PULL * _rms(at_least_float32(cond))
     if uncond is not None:
-        pull = torch.maximum(pull, guidance_scale * _rms((cond - uncond).float()))
+        pull = torch.maximum(pull, guidance_scale * _rms(at_least_float32(cond - uncond)))
     size = abs(level.out)
     return pull * (size if applied_to == "prediction" else size * level.alpha / level.sigma)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import registry, torchvision_fakes
 from .errors import InputError, ModelError, unknown
+from .noise import at_least_float32
 from .text import Conditioning, Embedding, TextEncoder
 
 torchvision_fakes.declare()
@@ -52,7 +53,7 @@ class LatentDiffusion(Protocol):
         """The network's output for scaled latents (B, C, H, W)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents -> image (B, 3, 8H, 8W), float32, in [0, 1] but not clamped."""
+        """Clean latents -> image (B, 3, 8H, 8W), at least float32, in [0, 1] but not clamped."""
 
     def decode_float32(self, latents: Tensor) -> Tensor:
         """As `decode`, with the decoder itself in float32."""
@@ -178,10 +179,10 @@ class StableDiffusion:
         return output
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Clean latents -> image (B, 3, 8H, 8W), float32, in [0, 1] but not clamped."""
+        """Clean latents -> image (B, 3, 8H, 8W), at least float32, in [0, 1] but not clamped."""
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         image: Tensor = self.vae.decode(scaled, return_dict=False)[0]  # (B, 3, 8H, 8W)
-        result: Tensor = image.float() / 2 + 0.5
+        result: Tensor = at_least_float32(image) / 2 + 0.5
         return result
 
     def decode_float32(self, latents: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class NoiseLevel:
 
     def x0(self, latents: Tensor, output: Tensor) -> Tensor:
         """Predicted clean latents, in float32 or finer, from noisy latents and the output."""
-        return self.skip * _at_least_float32(latents) + self.out * _at_least_float32(output)
+        return self.skip * at_least_float32(latents) + self.out * at_least_float32(output)
 
     def output(self, latents: Tensor, x0: Tensor) -> Tensor:
         """The output that would have given this x0: the inverse of `x0`, in x0's precision."""
@@ -128,5 +128,6 @@ def _edm(sigma: float, sigma_data: float, prediction_type: str) -> tuple[float, 
     return sigma_data**2 / variance, sign * sigma * sigma_data / math.sqrt(variance)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision widened; float32 and float64 as they are."""
     return tensor.float() if tensor.element_size() < 4 else tensor
