@@ -103,6 +103,7 @@ ROWS = {
     "H1L": "hand-written loop, gradient through the UNet",
     "O1L": "pilotfish, the same guidance",
 }
+HOST_ROWS = {"hooks": f"{PLUGINS} plugins that do nothing", "guiding": "O1 beyond H1"}
 PAIRS = (("U1", "U0"), ("U1", "U2"), ("O0", "U1"), ("O1", "H1"), ("O1L", "H1L"))
 GOALS = {"U1/U0": 1.02, "O1/H1": 1.05, "hooks": 100.0}
 
@@ -244,7 +245,7 @@ def host_costs(rounds: int) -> dict[str, dict[str, float]]:
     for steps in HOST_STEPS:
         work = Work(prompt="a campfire", steps=steps)
         rows |= {f"{name} {steps}": row for name, row in build(pipeline, work).items()}
-    names = ("U0", "U1", "U2", "O0")
+    names = ("U0", "U1", "U2", "O0", "H1", "O1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = {name: row for name, row in rows.items() if name.split()[0] in names}
@@ -259,6 +260,7 @@ def host_costs(rounds: int) -> dict[str, dict[str, float]]:
         for name in names
     }
     costs["hooks"] = [a - b for a, b in zip(costs.pop("O0"), costs["U1"], strict=True)]
+    costs["guiding"] = [a - b for a, b in zip(costs["O1"], costs["H1"], strict=True)]
     return {name: spread(values) for name, values in costs.items()}
 
 
@@ -375,7 +377,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {shown(ratio)} | {f'<= {goal:.2f}' if goal else ''} |")
     lines += ["", "| microseconds a step | median (min to max) | goal |", "|---|---:|---:|"]
     for name, cost in result["host_microseconds_per_step"].items():
-        what = f"{PLUGINS} plugins that do nothing" if name == "hooks" else f"{name}, no network"
+        what = HOST_ROWS.get(name, f"{name}, no network")
         goal = f"<= {result['goals']['hooks']:.0f}" if name == "hooks" else ""
         lines.append(f"| {what} | {shown(cost, 0)} | {goal} |")
     return "\n".join(lines)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +63,7 @@ class LatentDiffusion(Protocol):
         """Clean latents -> linear estimate of the colours at latent size (B, 3, H, W)."""
 
     def differentiable(self, checkpointing: str) -> contextlib.AbstractContextManager[None]:
-        """Networks frozen, and checkpointed if asked, while the context lasts."""
+        """A context that can be entered again: networks frozen, and checkpointed if asked."""
 
     def refuse_gradients(self) -> str | None:
         """Why no gradient can go through the networks now, or None."""
@@ -228,16 +229,13 @@ class StableDiffusion:
         matrix: Tensor = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
         return matrix
 
-    @contextlib.contextmanager
-    def differentiable(self, checkpointing: str) -> Iterator[None]:
-        """UNet and VAE frozen, and checkpointed if asked, while the context lasts."""
-        with contextlib.ExitStack() as undo:
-            for network in (self.unet, self.vae):
-                big = network.num_parameters() > AUTO_CHECKPOINTING_PARAMETERS
-                undo.enter_context(_frozen(network))
-                if checkpointing == "on" or (checkpointing == "auto" and big):
-                    undo.enter_context(_checkpointed(network))
-            yield
+    def differentiable(self, checkpointing: str) -> contextlib.AbstractContextManager[None]:
+        """UNet and VAE frozen, and checkpointed if asked, each time the context is entered."""
+        networks = (self.unet, self.vae)
+        parameters = [list(network.parameters()) for network in networks]
+        big = [sum(p.numel() for p in ps) > AUTO_CHECKPOINTING_PARAMETERS for ps in parameters]
+        chosen = {"on": networks, "auto": itertools.compress(networks, big), "off": ()}
+        return _Differentiable(sum(parameters, start=[]), tuple(chosen[checkpointing]))
 
     def refuse_gradients(self) -> str | None:
         """CPU offloading moves weights between forward and backward: no gradient survives it."""
@@ -252,17 +250,27 @@ class StableDiffusion:
         return None
 
 
-@contextlib.contextmanager
-def _frozen(network: torch.nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient while the context lasts."""
-    thawed = [p for p in network.parameters() if p.requires_grad]
-    for parameter in thawed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in thawed:
-            parameter.requires_grad_(True)
+class _Differentiable(contextlib.AbstractContextManager[None]):
+    """No parameter asks for a gradient, and networks are checkpointed, while the context lasts.
+
+    It is entered at every step, so what it needs is looked up once: to walk through the modules of
+    a network takes milliseconds.
+    """
+
+    def __init__(self, parameters: list[Tensor], checkpointed: Sequence[Any]) -> None:
+        self._parameters, self._checkpointed = parameters, checkpointed
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as undo:
+            for network in self._checkpointed:
+                undo.enter_context(_checkpointed(network))
+            for parameter in [p for p in self._parameters if p.requires_grad]:
+                parameter.requires_grad_(False)
+                undo.callback(parameter.requires_grad_, True)
+            self._undo = undo.pop_all()
+
+    def __exit__(self, *_: object) -> None:
+        self._undo.close()
 
 
 @contextlib.contextmanager

@@ -154,6 +154,7 @@ class Sampling:
         self.final: Tensor | None = None
         self._plugin_generators: dict[str, list[torch.Generator]] = {}
         self._step_options = self._accepted_options()
+        self._networks = model.differentiable(run.checkpointing)
         self._refuse_what_cannot_work()
 
     @torch.no_grad()
@@ -167,7 +168,7 @@ class Sampling:
                 moment = self._moment(index, latents, conditioning)
                 moment.latents = self._before_step(moment)
                 active = self.guides.active(index, self.num_steps)
-                with self._differentiable(active):
+                with self._networks if active else contextlib.nullcontext():
                     cond, uncond = self._predict(moment, both, active)
                     if active:
                         self._guide(moment, active, cond, uncond)
@@ -283,11 +284,6 @@ class Sampling:
             "before_step", moment.latents, arguments, tensor_problem, moment.where
         )
         return latents
-
-    def _differentiable(self, active: list[Call]) -> contextlib.AbstractContextManager[None]:
-        if not active:
-            return contextlib.nullcontext()
-        return self.model.differentiable(self.run.checkpointing)
 
     def _predict(
         self, moment: Moment, both: Conditioning, active: list[Call]
