@@ -235,7 +235,7 @@ class StableDiffusion:
         parameters = [list(network.parameters()) for network in networks]
         big = [sum(p.numel() for p in ps) > AUTO_CHECKPOINTING_PARAMETERS for ps in parameters]
         chosen = {"on": networks, "auto": itertools.compress(networks, big), "off": ()}
-        return _Differentiable(sum(parameters, start=[]), tuple(chosen[checkpointing]))
+        return _Differentiable([*itertools.chain(*parameters)], tuple(chosen[checkpointing]))
 
     def refuse_gradients(self) -> str | None:
         """CPU offloading moves weights between forward and backward: no gradient survives it."""
