@@ -261,6 +261,36 @@ def test_windows_are_applied_by_the_host(sampler):
     assert [r.index for r in trace] == [2, 4, 6]
 
 
+def test_the_trace_shows_the_cosine_between_the_gradients(sampler):
+    class Red(Guide):
+        def loss_guidance(self, step):
+            return step.image[:, 0].mean(dim=(1, 2))
+
+    class NotRed(Guide):
+        def loss_guidance(self, step):
+            return -1000 * step.image[:, 0].mean(dim=(1, 2))
+
+    class Blue(Guide):
+        def loss_guidance(self, step):
+            return step.image[:, 2].mean(dim=(1, 2))
+
+    class Less(Red):
+        pass
+
+    class Coarse(Guide):
+        def loss_guidance(self, step):
+            return step.rgb.mean(dim=(1, 2, 3))
+
+    guides = [Red(), NotRed(), Blue(), Coarse(), Less(scale=-1.0)]
+    trace = sampler("a cat", plugins=guides, steps=3, seed=0, num_images=2).trace
+    assert trace.cosines("Red", "NotRed") == pytest.approx([-1.0] * 3)
+    assert trace.cosines("Red", "Less") == pytest.approx([-1.0] * 3)
+    assert trace.cosines("NotRed", "Less") == pytest.approx([1.0] * 3)
+    assert trace.cosines("Blue", "Red") == pytest.approx([0.0] * 3)
+    assert trace.cosines("Coarse", "Red") == []  # they read the picture in different forms
+    assert all(len(r.cosine["NotRed"]) == 2 for r in trace.of("Red"))
+
+
 def test_a_guide_that_answers_none_changes_nothing(latents_of):
     class Sometimes(Guide):
         def loss_guidance(self, step):

@@ -17,9 +17,11 @@ broken guide is caught at its leaf and touches nobody else's gradient.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -133,17 +135,30 @@ class Pull:
     seconds: float = 0.0
     share: Tensor = field(default_factory=lambda: torch.zeros(0))
 
+    @cached_property
     def norm(self) -> Tensor:
         """L2 norm of the gradient over all leaves, (B,)."""
         squares = [g.square().sum(dim=(1, 2, 3)) for g in self.gradients.values()]
         return torch.stack(squares).sum(dim=0).sqrt()
+
+    def cosine(self, other: Pull) -> Tensor | None:
+        """Of the angle to another guide's gradient, both times their scales' signs, (B,).
+
+        -1: they pull against each other. None where they read no leaf in common.
+        """
+        common = self.gradients.keys() & other.gradients.keys()
+        if not common:
+            return None
+        products = _sum((self.gradients[c] * other.gradients[c]).sum((1, 2, 3)) for c in common)
+        sign = math.copysign(1, self.scale * other.scale)
+        return sign * products * _inverse(self.norm * other.norm)
 
     def weighted(self, unit: bool) -> dict[str, Tensor]:
         """The gradient times scale; with `unit`, of root mean square 1 over all leaves first."""
         if not unit:
             return {leaf: self.scale * g for leaf, g in self.gradients.items()}
         count = sum(g[0].numel() for g in self.gradients.values())
-        factor = self.scale * _inverse(self.norm() / count**0.5)
+        factor = self.scale * _inverse(self.norm / count**0.5)
         return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
 
 

@@ -64,11 +64,20 @@ class Guides:
             moment.latents = moment.latents + move.to(moment.latents.dtype)
         else:
             moment.change_x0(moment.x0() + move)
-        for p in pulls:
-            loss, norm, share = (tuple(v.tolist()) for v in (p.loss, p.norm(), p.share))
-            self.trace.append(
-                Record(moment.index, moment.level.sigma, p.name, loss, norm, share, p.seconds)
-            )
+        self.trace += [self._record(moment, p, pulls) for p in pulls]
+
+    def _record(self, moment: Moment, own: Pull, pulls: list[Pull]) -> Record:
+        cosines = {p.name: own.cosine(p) for p in pulls if p is not own}
+        return Record(
+            moment.index,
+            moment.level.sigma,
+            own.name,
+            loss=_values(own.loss),
+            gradient_norm=_values(own.norm),
+            share=_values(own.share),
+            cosine={name: _values(c) for name, c in cosines.items() if c is not None},
+            seconds=own.seconds,
+        )
 
     def _pull(self, moment: Moment, guide: Call, trunk: Trunk) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
@@ -105,3 +114,7 @@ class Guides:
         if self.run.on_error == "disable":
             self.disabled.add(name)
         self.trace.append(Record(moment.index, moment.level.sigma, name, error=str(error)))
+
+
+def _values(tensor: Tensor) -> tuple[float, ...]:
+    return tuple(tensor.tolist())

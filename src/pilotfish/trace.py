@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .errors import InputError, PilotfishError
@@ -16,6 +16,9 @@ class Record:
         loss: before this step's move.
         gradient_norm: L2 norm of the loss's gradient where the guide read the picture.
         share: part of the step's move, 0 to 1; all guides' parts add up to 1.
+        cosine: by another guide's name, that of the angle between the two gradients, each with the
+            sign of its scale: -1 where they pull against each other. Only of guides that read the
+            picture in the same form (`x0`, `rgb` or `image`).
         seconds: spent in the guide's own loss and its gradient; building what guides share, such
             as the decoded picture, is counted for nobody.
         error: what went wrong, where `on_error` let the run go on without the guide.
@@ -27,6 +30,7 @@ class Record:
     loss: tuple[float, ...] = ()
     gradient_norm: tuple[float, ...] = ()
     share: tuple[float, ...] = ()
+    cosine: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
 
@@ -46,6 +50,11 @@ class Trace(list[Record]):
     def losses(self, plugin: str) -> list[float]:
         """One guide's loss over the steps on which it acted, mean over the images."""
         return [sum(r.loss) / len(r.loss) for r in self.of(plugin) if r.loss]
+
+    def cosines(self, plugin: str, other: str) -> list[float]:
+        """Two guides' cosine over the steps on which it is known, mean over the images."""
+        found = [r.cosine[other] for r in self.of(plugin) if other in r.cosine]
+        return [sum(cosine) / len(cosine) for cosine in found]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Plain data, for JSON or a data frame."""
