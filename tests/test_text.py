@@ -158,3 +158,58 @@ def test_the_shared_encoder_has_no_hooks_left_after_an_error(sampler):
     with pytest.raises(PluginError):
         embed(encoder, "a cat", "positive", Stack([Bad()]), None, {})
     assert not encoder.network.get_input_embeddings()._forward_hooks
+
+
+def test_a_plugin_that_takes_the_step_changes_the_prompt_at_each_step(sampler):
+    class Fade(Plugin):
+        def embedding_transform(self, embedding, step):
+            if (embedding.stage, embedding.role) == ("prompt", "positive"):
+                factor = 1 if step is None else step.index
+                return replace(embedding, values=embedding.values * factor)
+
+    class Watch(Plugin):
+        def embedding_transform(self, embedding):
+            stages.append((embedding.role, embedding.stage))
+
+    def embeddings(*plugins):
+        run = sampler.stream("a cat", plugins=plugins, steps=3, seed=0)
+        return [step.embeddings for step in run]
+
+    stages = []
+    for index, (faded, plain) in enumerate(
+        zip(embeddings(Fade(), Watch()), embeddings(), strict=True)
+    ):
+        assert torch.equal(faded, plain * index)
+    before = [(role, stage) for role in ("positive", "negative") for stage in ("token", "prompt")]
+    assert stages == before + 3 * [("positive", "prompt"), ("negative", "prompt")]
+
+
+def test_embeddings_that_do_not_change_give_the_same_picture_at_each_step(latents_of):
+    class Still(Plugin):
+        def embedding_transform(self, embedding, step):
+            return None
+
+    assert torch.equal(latents_of(Still()), latents_of())
+
+
+def test_another_prompt_is_encoded_as_if_it_were_the_runs_own(sampler, latents_of):
+    class Other(Plugin):
+        def embedding_transform(self, embedding, encode):
+            if (embedding.stage, embedding.role) == ("prompt", "positive"):
+                return replace(embedding, values=encode("a <ink> puppy").values)
+
+    plugins = [Word(vectors=3), Swap(word="puppy", by="cat"), Other()]
+    replaced = sampler("a puppy", plugins=plugins, steps=4, seed=3).latents
+    assert torch.equal(
+        replaced, sampler("a <ink> cat", plugins=[Word(vectors=3)], steps=4, seed=3).latents
+    )
+
+
+def test_an_error_at_a_later_step_names_the_step(sampler):
+    class Bad(Plugin):
+        def embedding_transform(self, embedding, step):
+            if step is not None and step.index == 2:
+                raise RuntimeError("no")
+
+    with pytest.raises(PluginError, match="'Bad': .*RuntimeError: no at step 2 of 4"):
+        sampler("a cat", plugins=[Bad()], steps=4)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from .run import Run
@@ -58,11 +60,25 @@ def prompt_transform(prompt: str, run: Run) -> str | None:
 
 
 @hookspec
-def embedding_transform(embedding: Embedding, run: Run) -> Embedding | None:
+def embedding_transform(
+    embedding: Embedding,
+    run: Run,
+    step: Step | None,
+    encode: Callable[[str], Embedding] | None,
+) -> Embedding | None:
     """Chain, once at each stage for each of prompt and negative prompt, and each text encoder.
 
     `embedding.stage` is `"token"` (looked up, before positions and encoder) or `"prompt"` (the
     encoder's output); `embedding.role` is `"positive"` or `"negative"`.
+
+    If any plugin of the run takes `step`, stage "prompt" comes again at the start of each step,
+    for all plugins and from the encoder's output on: that is how conditioning changes in a run.
+
+    Args:
+        step: None before the first step.
+        encode: at stage "prompt", gives another prompt's embedding as `embedding` was at the start
+            of the chain: same encoder and role, with the words and the answers at stage "token" of
+            all plugins.
 
     Returns:
         An `Embedding` made with `dataclasses.replace(embedding, values=...)`: the same T and D.

@@ -21,7 +21,7 @@ from .presets import find_preset
 from .run import Options, Run
 from .stack import Call, Stack, tensor_problem
 from .step import Moment, Step
-from .text import Conditioning, collect_vocabulary, embed
+from .text import Conditioning, Prompt, collect_vocabulary
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -155,6 +155,9 @@ class Sampling:
         self._plugin_generators: dict[str, list[torch.Generator]] = {}
         self._step_options = self._accepted_options()
         self._networks = model.differentiable(run.checkpointing)
+        self._conditioned_by_step = any(
+            "step" in call.arguments for call in stack.calls["embedding_transform"]
+        )
         self._refuse_what_cannot_work()
 
     @torch.no_grad()
@@ -162,10 +165,13 @@ class Sampling:
         """The loop."""
         try:
             self.stack.notify("setup", self._for_run)
-            conditioning, both = self._encode()
+            prompts = self._prompts()
+            conditioning, both = self._condition(prompts)
             latents, first = self._start()
             for index in range(first, self.num_steps):
                 moment = self._moment(index, latents, conditioning)
+                if self._conditioned_by_step:
+                    moment.conditioning, both = self._condition(prompts, moment)
                 moment.latents = self._before_step(moment)
                 active = self.guides.active(index, self.num_steps)
                 with self._networks if active else contextlib.nullcontext():
@@ -216,27 +222,37 @@ class Sampling:
         options = {"eta": 0.0, "generator": generators}
         return {name: value for name, value in options.items() if name in accepted}
 
-    def _encode(self) -> tuple[Conditioning, Conditioning]:
-        """The prompt's conditioning, and what the network gets: negative first under guidance."""
+    def _prompts(self) -> tuple[Prompt, Prompt]:
+        """The prompt, rewritten by the plugins, and the negative prompt; nothing is encoded yet."""
         prompt = self.stack.chain(
             "prompt_transform",
             self.run.prompt,
             lambda _, value: {"prompt": value, "run": self.run},
             lambda new, _: None if isinstance(new, str) else f"returned {new!r}; expected text",
         )
-        words = collect_vocabulary(self.stack, self.run, self.model.text_encoders)
+        encoders = self.model.text_encoders
+        words = collect_vocabulary(self.stack, self.run, encoders)
+        return (
+            Prompt(prompt, "positive", encoders, words, self.stack, self.run),
+            Prompt(self.run.negative_prompt, "negative", encoders, words, self.stack, self.run),
+        )
 
-        def encode(text: str, role: Any) -> Conditioning:
-            embeddings = [
-                embed(encoder, text, role, self.stack, self.run, words[encoder.name])
-                for encoder in self.model.text_encoders
-            ]
+    def _condition(
+        self, prompts: tuple[Prompt, Prompt], moment: Moment | None = None
+    ) -> tuple[Conditioning, Conditioning]:
+        """The prompt's conditioning, and what the network gets: negative first under guidance."""
+
+        def condition(prompt: Prompt) -> Conditioning:
+            if moment is None:
+                embeddings = prompt.embeddings()
+            else:
+                embeddings = prompt.embeddings(lambda name: Step(moment, name), moment.where)
             return self.model.condition(embeddings).expand(self.run.num_images)
 
-        positive = encode(prompt, "positive")
+        positive = condition(prompts[0])
         if not self.run.guided_by_prompt:
             return positive, positive
-        return positive, encode(self.run.negative_prompt, "negative").cat(positive)
+        return positive, condition(prompts[1]).cat(positive)
 
     def _start(self) -> tuple[Tensor, int]:
         """Latents and index of the first step: a plugin's, or pure noise."""

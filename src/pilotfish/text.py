@@ -11,7 +11,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -85,6 +85,10 @@ class TextEncoder:
     prepare: Callable[[str], str] = str
 
 
+Encode = Callable[[str], Embedding]
+View = Callable[[str], Any]
+
+
 def embed(
     encoder: TextEncoder,
     prompt: str,
@@ -93,26 +97,73 @@ def embed(
     run: Any,
     vocabulary: Vocabulary,
 ) -> Embedding:
-    """A prompt's embedding, after all plugins' `embedding_transform` at both stages."""
+    """A prompt's embedding at stage "prompt", with all plugins' answers at stage "token" in it."""
     ids, tokens, added = tokenize(encoder, prompt, vocabulary)
-
-    def transform(embedding: Embedding) -> Embedding:
-        answer: Embedding = stack.chain(
-            "embedding_transform",
-            embedding,
-            lambda name, value: {"embedding": value, "run": run},
-            lambda new, old: embedding_problem(new, old, run.num_images),
-        )
-        return answer
 
     def at_token_stage(values: Tensor) -> Tensor:
         values = _place(values, added)
-        return transform(Embedding("token", role, values, None, tokens, encoder.name)).values
+        embedding = Embedding("token", role, values, None, tokens, encoder.name)
+        return transform(embedding, stack, run).values
 
     with _hooked(encoder.network.get_input_embeddings(), at_token_stage):
         output = encoder.network(ids.to(encoder.network.device), attention_mask=None)
     pooled = output[1] if len(output) > 1 else None
-    return transform(Embedding("prompt", role, output[0], pooled, tokens, encoder.name))
+    return Embedding("prompt", role, output[0], pooled, tokens, encoder.name)
+
+
+def transform(
+    embedding: Embedding,
+    stack: Stack,
+    run: Any,
+    encode: Encode | None = None,
+    view: View = lambda _: None,
+    where: str = "",
+) -> Embedding:
+    """An embedding after all plugins' `embedding_transform`.
+
+    Args:
+        encode, view, where: see `Prompt.embeddings`.
+    """
+    answer: Embedding = stack.chain(
+        "embedding_transform",
+        embedding,
+        lambda name, old: {"embedding": old, "run": run, "step": view(name), "encode": encode},
+        lambda new, old: embedding_problem(new, old, run.num_images),
+        where,
+    )
+    return answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of a run's two prompts: encoded once, transformed by the plugins as often as asked."""
+
+    text: str
+    role: Literal["positive", "negative"]
+    encoders: Sequence[TextEncoder]
+    words: Mapping[str, Vocabulary]
+    stack: Stack
+    run: Any
+    encoded: dict[str, Embedding] = field(default_factory=dict)
+
+    def embeddings(self, view: View = lambda _: None, where: str = "") -> list[Embedding]:
+        """One embedding of each text encoder, after both stages.
+
+        Args:
+            view: the step as the plugin of that name sees it; None before the first.
+            where: for error messages.
+        """
+        return [self._embedding(encoder, view, where) for encoder in self.encoders]
+
+    def _embedding(self, encoder: TextEncoder, view: View, where: str) -> Embedding:
+        def encode(text: str) -> Embedding:
+            words = self.words[encoder.name]
+            return embed(encoder, text, self.role, self.stack, self.run, words)
+
+        if encoder.name not in self.encoded:
+            self.encoded[encoder.name] = encode(self.text)
+        before = self.encoded[encoder.name]
+        return transform(before, self.stack, self.run, encode, view, where)
 
 
 def tokenize(
