@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .sampler import Result, Sampler, Stream, draw
     from .step import Step
     from .text import Embedding
+    from .torchvision_fakes import mend_torchvision
     from .trace import Record, Trace
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "draw",
     "hookimpl",
     "load",
+    "mend_torchvision",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
@@ -59,6 +61,7 @@ _LAZY = {
     "Stream": "sampler",
     "Trace": "trace",
     "draw": "sampler",
+    "mend_torchvision": "torchvision_fakes",
 }
 
 

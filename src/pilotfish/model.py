@@ -18,12 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import registry, torchvision_fakes
+from . import registry
 from .errors import InputError, ModelError, unknown
 from .noise import at_least_float32
 from .text import Conditioning, Embedding, TextEncoder
+from .torchvision_fakes import mend_torchvision
 
-torchvision_fakes.declare()
+mend_torchvision()
 
 import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
 from diffusers.loaders import TextualInversionLoaderMixin  # noqa: E402
@@ -37,6 +38,7 @@ class LatentDiffusion(Protocol):
     """What the sampler needs of a model."""
 
     id: str | None
+    folder: Path | None
     device: torch.device
     dtype: torch.dtype
     text_encoders: tuple[TextEncoder, ...]
@@ -77,6 +79,10 @@ class StableDiffusion:
             textual inversions, and are not changed.
         id: the folder or hub id it came from.
 
+    Attributes:
+        folder: the pipeline's own, where it came from one; a plugin may find there what was trained
+            along with the model.
+
     Raises:
         ModelError: the pipeline is of another kind.
     """
@@ -96,6 +102,8 @@ class StableDiffusion:
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler = pipeline.scheduler
         self.id = id
+        origin = pipeline.name_or_path  # None where the pipeline was put together in Python
+        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
         self.device = torch.device(pipeline._execution_device)
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from . import torchvision_fakes
 from .errors import PilotfishError
 from .plugin import Guide
 from .sampler import Sampler
+from .torchvision_fakes import mend_torchvision
 
 WORDS = (
     *("a", "an", "the", "of", "on", "in", "and", "to", "with", "some", "style", "background"),
@@ -35,7 +35,7 @@ def random_pipeline(
     prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Any:
     """The `StableDiffusionPipeline` of `random_sampler`."""
-    torchvision_fakes.declare()
+    mend_torchvision()
     import diffusers
 
     with torch.random.fork_rng(devices=[]):

@@ -36,8 +36,12 @@ def state() -> Literal["absent", "whole", "without compiled operators"]:
     return "whole"
 
 
-def declare() -> None:
-    """Declare the schemas, where torchvision is installed and its operators cannot load."""
+def mend_torchvision() -> None:
+    """Let torchvision import, where it is installed and its compiled operators cannot load.
+
+    pilotfish does it before it imports diffusers. Who imports diffusers, transformers or open_clip
+    before pilotfish's networks calls it first.
+    """
     if "torchvision" not in sys.modules and not _declared and state().startswith("without"):
         library = torch.library.Library("torchvision", "DEF")
         for schema in SCHEMAS:
