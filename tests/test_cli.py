@@ -108,8 +108,10 @@ def size(path: str) -> tuple[int, int]:
         return picture.size
 
 
-def install(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
-    entries = [EntryPoint(n.rstrip("_"), t, registry.PLUGIN_GROUP) for n, t in targets.items()]
+def install(
+    monkeypatch: pytest.MonkeyPatch, group: str = registry.PLUGIN_GROUP, **targets: str
+) -> None:
+    entries = [EntryPoint(n.rstrip("_"), t, group) for n, t in targets.items()]
     monkeypatch.setattr(
         registry, "_entry_points", lambda g: tuple(e for e in entries if e.group == g)
     )
@@ -444,6 +446,88 @@ def test_a_bare_class_with_hookimpl_can_be_shown() -> None:
     assert listing.hooks_of(Bare) == ["after_step"]
     assert listing.setting_rows(Bare)[1:] == []
     assert listing.example_settings(Bare) == {}
+
+
+# ---- commands of installed packages ----
+
+COMMANDS = """
+import click
+from pilotfish import InputError
+
+@click.group()
+def greet():
+    "Says hello."
+
+@greet.command()
+@click.argument("name")
+def world(name):
+    "To somebody."
+    if name == "nobody":
+        raise InputError("nobody cannot be greeted")
+    click.echo(f"hello {name}")
+"""
+
+
+def install_commands(monkeypatch: pytest.MonkeyPatch, folder: Path, **targets: str) -> None:
+    (folder / "greetings.py").write_text(COMMANDS)
+    (folder / "explosive_command.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(folder))
+    install(monkeypatch, registry.COMMAND_GROUP, **targets)
+
+
+def test_an_installed_command_runs_with_its_arguments_and_its_mistakes_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    install_commands(monkeypatch, folder, greet="greetings:greet")
+    assert call("greet", "world", "you").stdout == "hello you\n"
+    assert "To somebody." in call("greet", "--help").stdout
+    wrong = call("greet", "world", "nobody")
+    assert (wrong.exit_code, wrong.stderr) == (1, "error: nobody cannot be greeted\n")
+
+
+def test_help_lists_installed_commands_and_imports_none(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    targets = {"loud": "explosive_command:a", "gone": "no_such_module:a"}
+    install_commands(monkeypatch, folder, **targets, two="greetings:greet", two_="greetings:greet")
+    done = call("--help")
+    assert done.exit_code == 0
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert "loud" in lines and "generate" in lines
+    assert "broken: there is no module 'no_such_module'" in lines["gone"]
+    assert "broken: the name is claimed by unknown too" in lines["two"]
+
+
+def test_a_broken_command_says_so_and_hurts_no_other(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    targets = {"loud": "explosive_command:a", "number": "math:pi", "greet": "greetings:greet"}
+    install_commands(monkeypatch, folder, **targets)
+    loud = call("loud", "now")
+    assert loud.exit_code == 1
+    assert "command 'loud' (unknown unknown) does not import: RuntimeError: imported" in loud.stderr
+    assert "is 3.14" in call("number").stderr and "click command" in call("number").stderr
+    assert call("greet", "world", "you").exit_code == 0
+    doctor = call("doctor")
+    assert doctor.exit_code == 1 and doctor.stdout.endswith("2 broken: see above.\n")
+
+
+def test_no_package_can_take_the_place_of_an_own_command(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    install_commands(monkeypatch, folder, doctor="explosive_command:a")
+    rows = [line.split()[0] for line in call("--help").stdout.splitlines() if line]
+    assert rows.count("doctor") == 1
+    assert "versions, devices" in call("doctor", "--help").stdout
+
+
+def test_a_mistyped_command_is_told_the_installed_ones_too(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    install_commands(monkeypatch, folder, greet="greetings:greet")
+    assert "Did you mean 'greet'?" in call("gret").stderr
+    monkeypatch.setenv("PILOTFISH_PLUGINS", "none")
+    assert "greet" not in call("--help").stdout
 
 
 # ---- doctor ----

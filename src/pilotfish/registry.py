@@ -1,8 +1,9 @@
 """From what a user wrote to plugin instances.
 
 Installed plugins are known by the metadata of their distributions (entry-point group
-`pilotfish.plugins`); a module is imported only when a run names its plugin, so one broken package
-hurts nobody else. `PILOTFISH_PLUGINS` limits discovery: a comma-separated list of names, or `none`.
+`pilotfish.plugins`, for the command line `pilotfish.commands`); a module is imported only when a
+run names its plugin, so one broken package hurts nobody else. `PILOTFISH_PLUGINS` limits discovery
+of plugins and commands: a comma-separated list of names, or `none`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from .plugin import Plugin, check_instance
 
 PLUGIN_GROUP = "pilotfish.plugins"
 MODEL_GROUP = "pilotfish.models"
+COMMAND_GROUP = "pilotfish.commands"
+KINDS = {PLUGIN_GROUP: "plugin", MODEL_GROUP: "model", COMMAND_GROUP: "command"}
 
 
 @dataclass(frozen=True)
 class Installed:
-    """A plugin or model that some installed distribution offers; nothing of it is imported."""
+    """What some installed distribution offers: a plugin, a model or a command; not imported."""
 
     name: str
     target: str
@@ -56,7 +59,7 @@ class Entry:
 def installed(group: str = PLUGIN_GROUP) -> dict[str, list[Installed]]:
     """What is installed, by name; a name with two entries is claimed by two distributions."""
     found: dict[str, list[Installed]] = {}
-    limit = os.environ.get("PILOTFISH_PLUGINS") if group == PLUGIN_GROUP else None
+    limit = os.environ.get("PILOTFISH_PLUGINS") if group != MODEL_GROUP else None
     for entry in _entry_points(group):
         if limit is None or entry.name in limit.split(","):
             found.setdefault(entry.name, []).append(_describe(entry))
@@ -76,12 +79,12 @@ def _describe(entry: EntryPoint) -> Installed:
 
 
 def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
-    """The one installed plugin or model of that name.
+    """The one installed plugin, model or command of that name.
 
     Raises:
         InputError: there is none (with the nearest name), or two distributions claim the name.
     """
-    kind = "plugin" if group == PLUGIN_GROUP else "model"
+    kind = KINDS[group]
     choices = installed(group)
     if name not in choices:
         raise unknown(kind, name, choices)
@@ -106,6 +109,21 @@ def load_object(target: str, owner: str) -> Any:
             "Reinstall or uninstall its package; `pilotfish doctor` tells more.",
             plugin=owner,
         ) from error
+
+
+def load_command(name: str) -> Any:
+    """The click command that an installed package offers by this name.
+
+    Raises:
+        InputError: two packages claim the name.
+        PluginError: its module does not import, or it is no click command.
+    """
+    entry = find(name, COMMAND_GROUP)
+    owner = f"command {name!r} ({entry.distribution} {entry.version})"
+    command = load_object(entry.target, owner)
+    if not callable(getattr(command, "make_context", None)):
+        raise PluginError(f"{owner} is {command!r}; expected a click command", plugin=owner)
+    return command
 
 
 def load_class(use: str) -> type[Any]:

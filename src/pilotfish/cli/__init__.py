@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ import click
 
 from ..errors import InputError, PilotfishError, unknown
 from ..presets import PRESETS
+from ..registry import COMMAND_GROUP, Installed, installed, load_command
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -56,8 +57,44 @@ class Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, but an unknown command lists all of them."""
         if self.get_command(ctx, args[0]) is None:
-            raise click.UsageError(str(unknown("command", args[0], self.commands)), ctx)
+            raise click.UsageError(str(unknown("command", args[0], self.list_commands(ctx))), ctx)
         return super().resolve_command(ctx, args)
+
+
+class Program(Commands):
+    """The program: its own commands, then those that installed packages add.
+
+    A package adds a click command by the entry-point group `pilotfish.commands`. The program's own
+    come first, so that no package can take their place.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Own names, then the installed ones."""
+        own = super().list_commands(ctx)
+        return own + [name for name in installed(COMMAND_GROUP) if name not in own]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A command; an installed one is not imported here."""
+        own = super().get_command(ctx, name)
+        if own is None and (claims := installed(COMMAND_GROUP).get(name)):
+            return Added(claims)
+        return own
+
+
+class Added(click.Command):
+    """A command of an installed package: told of by metadata, imported when it runs."""
+
+    def __init__(self, claims: Sequence[Installed]) -> None:
+        from .listing import remark
+
+        super().__init__(claims[0].name, short_help=remark(claims[0], claims))
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        """The context of the package's own command, which so takes this one's place."""
+        command: click.Command = load_command(str(self.name))
+        return command.make_context(info_name, args, parent, **extra)
 
 
 def _own_mistake(error: Exception) -> str | None:
@@ -99,7 +136,7 @@ def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple
     return int(width), int(height)
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
+@click.group(cls=Program, context_settings=CONTEXT)
 @click.version_option(version("pilotfish"), prog_name="pilotfish")
 @debug_option
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What `pilotfish doctor` finds: versions, devices, models and plugins."""
+"""What `pilotfish doctor` finds: versions, devices, models, plugins and commands."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..registry import (
+    COMMAND_GROUP,
     MODEL_GROUP,
     PLUGIN_GROUP,
     Installed,
     find,
     installed,
     load_class,
+    load_command,
     load_object,
 )
 from .listing import columns, hooks_of, metadata_problem
@@ -27,6 +29,7 @@ OPTIONAL = ("torchvision", "open-clip-torch", "matplotlib")
 NONE = {
     "models": "none installed; `pip install pilotfish-emoji` gives one that runs offline",
     "plugins": "none installed",
+    "commands": "none installed beside pilotfish's own",
 }
 
 
@@ -46,6 +49,7 @@ def examine() -> tuple[str, int]:
         "devices": devices(),
         "models": list(offers(MODEL_GROUP, _check_model)),
         "plugins": list(offers(PLUGIN_GROUP, _check_plugin)),
+        "commands": list(offers(COMMAND_GROUP, lambda entry: load_command(entry.name))),
     }
     parts = []
     for title, findings in sections.items():
@@ -99,7 +103,7 @@ def devices() -> list[Finding]:
 
 
 def offers(group: str, check: Callable[[Installed], None]) -> Iterator[Finding]:
-    """Each installed plugin or model, imported; one that is broken does not stop the rest."""
+    """What is installed, imported; one thing that is broken does not stop the rest."""
     for claims in installed(group).values():
         for entry in claims:
             fault = metadata_problem(entry, claims) or attempt(lambda e=entry: check(e))  # type: ignore[misc]

@@ -56,18 +56,19 @@ def list_text() -> str:
         return NOTHING_INSTALLED + note
     rows = [("name", "package", "summary")]
     for entries in found.values():
-        rows += [(e.name, f"{e.distribution} {e.version}", _remark(e, entries)) for e in entries]
+        rows += [(e.name, f"{e.distribution} {e.version}", remark(e, entries)) for e in entries]
     return columns(rows) + "\n\npilotfish plugins show NAME tells its settings." + note
 
 
-def _remark(entry: Installed, claims: Sequence[Installed]) -> str:
+def remark(entry: Installed, claims: Sequence[Installed]) -> str:
+    """An installed thing in one line: its package's summary, or what is wrong with it."""
     if problem := metadata_problem(entry, claims):
         return f"broken: {problem}"
     return entry.summary
 
 
 def metadata_problem(entry: Installed, claims: Sequence[Installed]) -> str | None:
-    """What is wrong with an installed plugin or model, as far as can be told without importing."""
+    """What is wrong with what is installed, as far as can be told without importing it."""
     others = [c.distribution for c in claims if c is not entry]
     if others:
         return f"the name is claimed by {' and '.join(others)} too; uninstall one"
