@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-from transformers import CLIPTokenizer
 
+from pilotfish_emoji.networks import (
+    AutoencoderKL,
+    CLIPTokenizer,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+)
 from pilotfish_emoji.tokenizer import write_clip_files
 from pilotfish_emoji.unet import NOISE, Denoiser
 
-KEPT = ("README.md", "judge.safetensors", "scores.json", "sheet.png")
+KEPT = ("README.md", "classifier", "clip", "judge.safetensors", "scores.json", "sheet.png")
 
 
 def pipeline(
@@ -41,7 +45,7 @@ def pipeline(
 def export(folder: Path, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
     """Writes the folder beside its place and renames it, so that no reader meets half of it.
 
-    The model card, the judge and the scores of the folder that it replaces are kept.
+    What lies beside the networks (model card, judge, CLIP, classifier, scores) is kept.
     """
     fresh = folder.with_name(folder.name + ".new")
     stale = folder.with_name(folder.name + ".old")
@@ -51,7 +55,9 @@ def export(folder: Path, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIP
     _forget_dtype(fresh / "text_encoder" / "config.json")
     write_clip_files(fresh / "tokenizer")
     for name in KEPT:
-        if (folder / name).exists():
+        if (folder / name).is_dir():
+            shutil.copytree(folder / name, fresh / name)
+        elif (folder / name).exists():
             shutil.copy2(folder / name, fresh / name)
     shutil.rmtree(stale, ignore_errors=True)
     if folder.exists():

@@ -10,13 +10,13 @@ from random import Random
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
 from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pilotfish_emoji import judge as judges
 from pilotfish_emoji.export import sample
 from pilotfish_emoji.names import BACKGROUNDS, FOLDER, HELD_OUT_PAIRS, OBJECTS, STYLES
+from pilotfish_emoji.networks import DDIMScheduler, StableDiffusionPipeline
 from pilotfish_emoji.world import caption, sheet
 
 PROMPTS = 512

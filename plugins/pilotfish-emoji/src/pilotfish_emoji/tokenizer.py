@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from tokenizers import pre_tokenizers
-from transformers import CLIPTokenizer
 
 from pilotfish_emoji.names import BACKGROUNDS, OBJECTS, STYLES
+from pilotfish_emoji.networks import CLIPTokenizer
 
 MAX_LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -9,12 +9,12 @@ from pathlib import Path
 from random import Random
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from pilotfish_emoji.export import export, pipeline, sample
 from pilotfish_emoji.judge import train_judge
 from pilotfish_emoji.names import BACKGROUNDS, FOLDER, OBJECTS, STYLES
+from pilotfish_emoji.networks import AutoencoderKL
 from pilotfish_emoji.tokenizer import build_tokenizer
 from pilotfish_emoji.unet import (
     Denoiser,

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from pilotfish_emoji.loop import Run, train
 from pilotfish_emoji.muon import split_optimizers
+from pilotfish_emoji.networks import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    DDIMScheduler,
+    UNet2DConditionModel,
+)
 from pilotfish_emoji.tokenizer import MAX_LENGTH, token_ids
 
 WIDTH = 128

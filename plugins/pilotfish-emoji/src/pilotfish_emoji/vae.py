@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pilotfish_emoji.loop import Run, train
 from pilotfish_emoji.muon import split_optimizers
+from pilotfish_emoji.networks import AutoencoderKL
 from pilotfish_emoji.world import sheet
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's; `normalise` makes it true of this VAE

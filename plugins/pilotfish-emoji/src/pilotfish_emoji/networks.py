@@ -1,0 +1,23 @@
+"""What this package takes from diffusers and transformers, imported when torchvision is mended."""
+
+from pilotfish import mend_torchvision
+
+mend_torchvision()
+
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPTokenizer",
+    "DDIMScheduler",
+    "StableDiffusionPipeline",
+    "UNet2DConditionModel",
+]
