@@ -270,7 +270,7 @@ def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
     ("arguments", "words"),
     [
         ("genrate", "Did you mean 'generate'? Available: doctor, generate, plugins"),
-        ("plugins shwo", "Did you mean 'show'? Available: list, show"),
+        ("plugins shwo", "Did you mean 'show'? Available: check, list, new, show"),
         ("generate --stpes 3", "--steps"),
         ("generate --size 512", "expected WIDTHxHEIGHT such as 512x512; got '512'"),
         ("generate --checkpointing maybe", "'auto', 'on', 'off'"),

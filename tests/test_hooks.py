@@ -285,46 +285,6 @@ def test_an_embedding_is_frozen():
         embedding.values = None
 
 
-def test_check_plugin_tells_faults_apart(sampler):
-    from pilotfish.testing import check_plugin
-
-    class Good(Guide):
-        def loss_guidance(self, step):
-            return step.image.mean(dim=(1, 2, 3))
-
-    class Global(Plugin):
-        def before_step(self, step):
-            return step.latents + 0.01 * torch.randn(step.latents.shape)
-
-    class Counting(Plugin):
-        count = 0
-
-        def before_step(self, step):
-            Counting.count += 1
-            return step.latents + Counting.count
-
-    class Neighbourly(Plugin):
-        def before_step(self, step):
-            return step.latents - step.latents.mean()
-
-    class Always(Guide):
-        def loss_guidance(self, step):
-            return step.image.mean(dim=(1, 2, 3))
-
-        def before_step(self, step):
-            return step.latents * 1.5
-
-    check_plugin(Good(), sampler)
-    for plugin, what in (
-        (Global(), "global random state"),
-        (Counting(), "another picture when it runs again"),
-        (Neighbourly(), "another picture beside a neighbour"),
-        (Always(), "changes the picture at scale 0"),
-    ):
-        with pytest.raises(pilotfish.PilotfishError, match=what):
-            check_plugin(plugin, sampler)
-
-
 def test_an_argument_that_a_hook_does_not_have_is_refused_with_those_it_has():
     class Wrong(Plugin):
         def on_predicted_x0(self, x0, latents):

@@ -13,7 +13,7 @@ from .errors import (
     SettingsError,
 )
 from .hookspecs import hookimpl
-from .plugin import Guide, Plugin, Setting
+from .plugin import Guide, Plugin, Setting, guide
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ __all__ = [
     "Stream",
     "Trace",
     "draw",
+    "guide",
     "hookimpl",
     "load",
     "mend_torchvision",

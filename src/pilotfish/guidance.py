@@ -172,10 +172,11 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[str, T
     if not isinstance(loss, Tensor):
         raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
     if loss.shape != (num_images,) and not (loss.ndim == 0 and num_images == 1):
-        last = {2: "axis", 3: "two axes", 4: "three axes"}.get(loss.ndim, "axes but the first")
+        axes = {2: "the last axis", 3: "the last two axes", 4: "the last three axes"}
         raise LossFault(
             f"returned shape {tuple(loss.shape)}; expected one value per image, shape "
-            f"({num_images},). Reduce over the last {last}, never over the batch."
+            f"({num_images},): reduce over {axes.get(loss.ndim, 'all axes but the first')}, never "
+            "over the batch"
         )
     if not loss.requires_grad or not leaves.read:
         raise LossFault(

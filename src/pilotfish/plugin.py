@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from typing import Any, Literal
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 from pydantic import Field as Setting
 
-from .errors import PluginError, SettingsError
+from .errors import InputError, PluginError, SettingsError
 from .hookspecs import KINDS, hookimpl
 
-__all__ = ["Guide", "Plugin", "Setting"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .step import Step
+
+__all__ = ["Guide", "Plugin", "Setting", "guide"]
 
 
 def refuse_near_miss(owner: str, name: str) -> None:
@@ -91,6 +98,60 @@ class Guide(Plugin):
             index / num_steps < settings.stop or settings.stop == 1
         )
         return bool(settings.scale != 0 and inside and index % settings.every == 0)
+
+
+def guide(
+    function: Callable[[Step], Tensor | None], *, name: str | None = None, **settings: Any
+) -> Guide:
+    """A guide from a plain function of the step: `guide(lambda step: step.rgb.var((1, 2, 3)))`.
+
+    For notebooks: a run file cannot hold a function, so `run.to_toml()` refuses a run with one.
+
+    Args:
+        function: the loss as in `Guide.loss_guidance`, one value per image, (B,).
+        name: in errors and in the trace; None is the function's own, or "guide" for a lambda.
+        settings: those of every guide: `scale`, `start`, `stop`, `every`, `gradient`.
+
+    Raises:
+        InputError: not a function of one argument, or not a name.
+        SettingsError: a setting is unknown or out of range.
+    """
+    _check_function(function)
+    own = getattr(function, "__name__", "guide").replace("<lambda>", "guide")
+
+    class Function(Guide):
+        __doc__ = inspect.getdoc(function)
+
+        def loss_guidance(self, step: Step) -> Tensor | None:
+            return function(step)
+
+    Function.__name__ = own if name is None else check_name(name)
+    return Function(**settings)
+
+
+def _check_function(function: object) -> None:
+    if not callable(function) or inspect.isclass(function):
+        raise InputError(
+            f"guide() takes a function of the step, such as "
+            f"lambda step: step.rgb.var(dim=(1, 2, 3)); got {function!r}"
+        )
+    try:
+        inspect.signature(function).bind("step")
+    except TypeError as error:
+        raise InputError(f"guide() calls its function with the step alone: {error}") from None
+    except ValueError:
+        pass  # some functions written in C have no signature
+
+
+def check_name(name: str) -> str:
+    """A name that a user chose for a plugin.
+
+    Raises:
+        InputError: it has characters that do not do in messages and on the command line.
+    """
+    if not re.fullmatch(r"[\w#.<>-]+", str(name)):
+        raise InputError(f"a plugin's name takes letters, digits, - _ . #; got {name!r}")
+    return name
 
 
 def explain_settings(plugin: type[Plugin], error: pydantic.ValidationError) -> str:

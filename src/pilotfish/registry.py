@@ -2,8 +2,9 @@
 
 Installed plugins are known by the metadata of their distributions (entry-point group
 `pilotfish.plugins`, for the command line `pilotfish.commands`); a module is imported only when a
-run names its plugin, so one broken package hurts nobody else. `PILOTFISH_PLUGINS` limits discovery
-of plugins and commands: a comma-separated list of names, or `none`.
+run names its plugin, so one broken package hurts nobody else. The environment variable
+`PILOTFISH_PLUGINS` limits discovery of plugins and commands: the names to offer, separated by
+commas, or `none`. It is about names: files and `module:Class` are always found.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, PluginError, unknown
-from .plugin import Plugin, check_instance
+from .errors import InputError, PilotfishError, PluginError, unknown
+from .plugin import Plugin, check_instance, check_name
 
+LIMIT = "PILOTFISH_PLUGINS"
 PLUGIN_GROUP = "pilotfish.plugins"
 MODEL_GROUP = "pilotfish.models"
 COMMAND_GROUP = "pilotfish.commands"
@@ -59,11 +61,24 @@ class Entry:
 def installed(group: str = PLUGIN_GROUP) -> dict[str, list[Installed]]:
     """What is installed, by name; a name with two entries is claimed by two distributions."""
     found: dict[str, list[Installed]] = {}
-    limit = os.environ.get("PILOTFISH_PLUGINS") if group != MODEL_GROUP else None
+    wanted = limit() if group != MODEL_GROUP else None
     for entry in _entry_points(group):
-        if limit is None or entry.name in limit.split(","):
+        if wanted is None or entry.name in wanted:
             found.setdefault(entry.name, []).append(_describe(entry))
     return dict(sorted(found.items()))
+
+
+def limit() -> list[str] | None:
+    """The names that `PILOTFISH_PLUGINS` lets through; None where it is not set."""
+    text = os.environ.get(LIMIT)
+    if text is None:
+        return None
+    return [name for part in text.split(",") if (name := part.strip()) not in ("", "none")]
+
+
+def hidden() -> list[str]:
+    """The names that are installed but that `PILOTFISH_PLUGINS` keeps from being offered."""
+    return sorted({entry.name for entry in _entry_points(PLUGIN_GROUP)} - set(installed()))
 
 
 @functools.cache
@@ -72,10 +87,15 @@ def _entry_points(group: str) -> tuple[EntryPoint, ...]:
 
 
 def _describe(entry: EntryPoint) -> Installed:
-    if entry.dist is None:
-        return Installed(entry.name, entry.value, "unknown", "unknown", "")
-    summary = str(entry.dist.metadata.json.get("summary", ""))
-    return Installed(entry.name, entry.value, entry.dist.name, entry.dist.version, summary)
+    about = ("unknown", "unknown", "") if entry.dist is None else _about(entry.dist)
+    return Installed(entry.name, entry.value, *about)
+
+
+@functools.cache  # each run asks for it, and a distribution parses its file at each question
+def _about(distribution: Distribution) -> tuple[str, str, str]:
+    """Name, version and summary."""
+    metadata = distribution.metadata
+    return metadata["Name"], metadata["Version"], str(metadata.json.get("summary", ""))
 
 
 def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
@@ -87,6 +107,11 @@ def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
     kind = KINDS[group]
     choices = installed(group)
     if name not in choices:
+        if group == PLUGIN_GROUP and name in hidden():
+            raise InputError(
+                f"plugin {name!r} is installed, but {LIMIT}={os.environ[LIMIT]} hides it; "
+                "name it there too, or unset the variable"
+            )
         raise unknown(kind, name, choices)
     if len(choices[name]) > 1:
         owners = " and ".join(f"{c.distribution} {c.version}" for c in choices[name])
@@ -197,9 +222,17 @@ def resolve(item: object) -> Entry:
 
 
 def _make(use: str, name: str | None, settings: Mapping[str, Any]) -> Entry:
-    if name is not None and not re.fullmatch(r"[\w#.<>-]+", str(name)):
-        raise InputError(f"a plugin's name takes letters, digits, - _ . #; got {name!r}")
-    plugin = load_class(use)(**settings)
+    if name is not None:
+        check_name(name)
+    loaded = load_class(use)
+    try:
+        plugin = loaded(**settings)
+    except PilotfishError:
+        raise
+    except Exception as error:  # a plugin is foreign code
+        raise PluginError(
+            f"plugin {use!r} cannot be made: {type(error).__name__}: {error}", plugin=use
+        ) from error
     check_instance(plugin, use)
     return Entry(plugin, use=use, name=name, version=_version(use))
 

@@ -54,7 +54,7 @@ class Run:
         on_error: a guide that fails: "raise", "skip" that step, or "disable" it from there on. The
             trace names it.
         plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
-            of a class that cannot be imported again.
+            of a function, or of a class that cannot be imported again.
         model_id: folder or hub id of the model; None if unknown.
         dtype: the networks' number format.
         model: the loaded networks, while the run lasts; for hooks.
@@ -115,8 +115,9 @@ class Run:
         for table in self.plugins:
             if not table["use"]:
                 raise PilotfishError(
-                    f"plugin {table['name']!r} was defined in this session and cannot be found "
-                    "again; put its class into a file and use it as 'file.py:Class'"
+                    f"plugin {table['name']!r} was defined in this session, so this run cannot be "
+                    "repeated from a file; write the plugin as a class in a file and use it as "
+                    "'file.py:Class'"
                 )
         content = {
             "pilotfish": version("pilotfish"),

@@ -1,15 +1,38 @@
-"""For plugin authors' tests: a small random model, and a check of a plugin's contract."""
+"""For plugin authors' tests: a small random model, a step of it, and the contract of plugins.
+
+pytest finds the fixtures `random_sampler`, `random_step` and `emoji_sampler` by itself.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from .conformance import CHECKS, PROMPT, Check, Examination, Outcome, Trial
 from .errors import PilotfishError
-from .plugin import Guide
-from .sampler import Sampler
+from .guidance import Leaves, Trunk
+from .noise import NoiseLevel
+from .run import Run
+from .sampler import Sampler, seeded
+from .step import Moment, Step
+from .text import Conditioning
 from .torchvision_fakes import mend_torchvision
+
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = [
+    "CHECKS",
+    "check_plugin",
+    "examine",
+    "parametrize_with_checks",
+    "random_pipeline",
+    "random_sampler",
+    "random_step",
+]
 
 WORDS = (
     *("a", "an", "the", "of", "on", "in", "and", "to", "with", "some", "style", "background"),
@@ -117,34 +140,122 @@ def _tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
-def check_plugin(plugin: Any, sampler: Sampler | None = None) -> None:
-    """Run a plugin and check what every plugin must keep.
+def random_step(
+    *,
+    image: Tensor | None = None,
+    rgb: Tensor | None = None,
+    x0: Tensor | None = None,
+    num_images: int = 2,
+    index: int = 0,
+    num_steps: int = 10,
+    seed: int = 0,
+) -> Step:
+    """A step of random numbers as a guide sees it, to call its loss without a run.
 
-    It runs with one and with two images, also beside a second instance; two runs give the same
-    picture; torch's global random state is left alone; a guide at scale 0 changes nothing.
+    `step.image`, `step.rgb` and `step.x0` take gradients: `torch.autograd.grad(loss.sum(),
+    step.image)`. `step.run.model` is None.
 
     Args:
-        plugin: an instance.
+        image: what the step shows (B, 3, 8H, 8W) instead of random numbers (B, 3, 128, 128).
+        rgb: the same at latent size (B, 3, H, W).
+        x0: the same in latents (B, 4, H, W).
+        num_images: B, where none of the three is given.
+    """
+    given = [len(tensor) for tensor in (image, rgb, x0) if tensor is not None]
+    batch, generator = (given or [num_images])[0], torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.rand(batch, *shape, generator=generator)
+
+    pictures = {"image": random(3, 128, 128), "rgb": random(3, 16, 16)}
+    pictures |= {n: t for n, t in (("image", image), ("rgb", rgb)) if t is not None}
+    run = Run(seed=seed, num_images=batch, steps=num_steps)
+    moment = Moment(
+        run=run,
+        index=index,
+        num_steps=num_steps,
+        timestep=torch.tensor(500),
+        level=NoiseLevel(
+            alpha=0.6, sigma=0.8, skip=1 / 0.6, out=-0.8 / 0.6, prediction_type="epsilon"
+        ),
+        latents=random(4, 16, 16),
+        conditioning=Conditioning(random(77, 16)),
+        generators=lambda plugin: seeded(run, plugin),
+        output=random(4, 16, 16),
+        known_x0=x0,
+    )
+    trunk = Trunk(moment.x0(), lambda _: pictures["image"], lambda _: pictures["rgb"])
+    return Step(moment, "plugin", Leaves(trunk))
+
+
+def examine(
+    plugin: Any,
+    sampler: Sampler | None = None,
+    prompt: str = PROMPT,
+    checks: Iterable[Check] = tuple(CHECKS.values()),
+) -> list[Outcome]:
+    """Try a plugin against checks, each told apart; see `check_plugin`."""
+    examination = Examination(Trial(plugin, sampler or random_sampler(), prompt))
+    return [examination.outcome(check) for check in checks]
+
+
+def check_plugin(
+    plugin: Any,
+    sampler: Sampler | None = None,
+    prompt: str = PROMPT,
+    checks: Iterable[Check] = tuple(CHECKS.values()),
+) -> None:
+    """Check what every plugin must keep, in short runs.
+
+    Args:
+        plugin: an instance; its own settings are tried, but for when it acts.
         sampler: the model to try it on; None is `random_sampler()`.
+        prompt: of the runs, where the plugin looks for a word in it.
+        checks: of `CHECKS`; each is tried only where those that it needs were kept.
 
     Raises:
-        PilotfishError: what the plugin broke.
+        PilotfishError: what the plugin broke, one line for each check.
     """
-    sampler = sampler or random_sampler()
+    failed = [o for o in examine(plugin, sampler, prompt, checks) if o.status == "failed"]
+    if failed:
+        lines = "\n".join(f"  {outcome.check.name}: {outcome.message}" for outcome in failed)
+        raise PilotfishError(f"{plugin!r} breaks the contract of plugins:\n{lines}")
 
-    def latents(*plugins: Any, num_images: int = 1) -> torch.Tensor:
-        return sampler("a red cat", plugins=plugins, steps=3, seed=7, num_images=num_images).latents
 
-    before = torch.random.get_rng_state()
-    with_plugin = latents(plugin)
-    if not torch.equal(before, torch.random.get_rng_state()):
-        raise PilotfishError(f"{plugin!r} uses torch's global random state; use step.generator")
-    if not torch.equal(with_plugin, latents(plugin)):
-        raise PilotfishError(f"{plugin!r} gives another picture when it runs again")
-    pair = latents(plugin, num_images=2)[:1]
-    if not torch.allclose(pair, with_plugin, atol=1e-3):
-        raise PilotfishError(f"{plugin!r} gives an image another picture beside a neighbour")
-    if isinstance(plugin, Guide):
-        off = type(plugin)(**{**plugin.settings.model_dump(), "scale": 0})
-        if not torch.equal(latents(off), latents()):
-            raise PilotfishError(f"{plugin!r} changes the picture at scale 0")
+def parametrize_with_checks(plugins: Iterable[Any]) -> pytest.MarkDecorator:
+    """One test for each plugin and check: a decorator for a test of `plugin` and `check`.
+
+        @parametrize_with_checks([Warmth(), Warmth(target=0.2)])
+        def test_it_keeps_the_contract_of_plugins(plugin, check, random_sampler):
+            check(plugin, random_sampler)
+
+    `check` takes what `check_plugin` takes. A check that has nothing to look at, or that another
+    one's failure makes meaningless, skips its test and says why.
+    """
+    import pytest
+
+    cases = []
+    for plugin in plugins:
+        shared: dict[Any, Examination] = {}
+        cases += [
+            pytest.param(plugin, _in_pytest(check, shared), id=f"{plugin!r}-{check.name}")
+            for check in CHECKS.values()
+        ]
+    return pytest.mark.parametrize(("plugin", "check"), cases)
+
+
+def _in_pytest(check: Check, shared: dict[Any, Examination]) -> Callable[..., None]:
+    """A check as a function; those of one plugin share their runs."""
+    import pytest
+
+    def try_it(plugin: Any, sampler: Sampler | None = None, prompt: str = PROMPT) -> None:
+        if (sampler, prompt) not in shared:
+            trial = Trial(plugin, sampler or random_sampler(), prompt)
+            shared[sampler, prompt] = Examination(trial)
+        outcome = shared[sampler, prompt].outcome(check)
+        if outcome.status == "not tried":
+            pytest.skip(outcome.message)
+        if outcome.status == "failed":
+            raise PilotfishError(f"{plugin!r}, {check.name}: {outcome.message}")
+
+    return try_it

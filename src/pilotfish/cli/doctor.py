@@ -22,14 +22,14 @@ from ..registry import (
     load_command,
     load_object,
 )
-from .listing import columns, hooks_of, metadata_problem
+from .listing import columns, hooks_of, limit_note, metadata_problem
 
 NEEDED = ("pilotfish", "torch", "diffusers", "transformers", "pluggy", "pydantic")
 OPTIONAL = ("torchvision", "open-clip-torch", "matplotlib")
 NONE = {
     "models": "none installed; `pip install pilotfish-emoji` gives one that runs offline",
-    "plugins": "none installed",
-    "commands": "none installed beside pilotfish's own",
+    "plugins": "none",
+    "commands": "none beside pilotfish's own",
 }
 
 
@@ -55,6 +55,7 @@ def examine() -> tuple[str, int]:
     for title, findings in sections.items():
         rows = [(f.name, f.detail, f"BROKEN: {f.fault}" if f.fault else "") for f in findings]
         parts.append(f"{title}\n" + (columns(rows, "  ") if rows else f"  {NONE[title]}"))
+    parts += filter(None, [limit_note()])
     broken = sum(f.fault is not None for findings in sections.values() for f in findings)
     parts.append(f"{broken} broken: see above." if broken else "All is well.")
     return "\n\n".join(parts), broken

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from .. import hookspecs
 from ..plugin import Guide, Plugin
-from ..registry import Installed, installed, load_class
+from ..registry import COMMAND_GROUP, LIMIT, Installed, hidden, installed, limit, load_class
 
 # Attributes of what pydantic keeps in `FieldInfo.metadata`.
 BOUNDS = {
@@ -49,15 +49,25 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "") -> str:
 
 def list_text() -> str:
     """All installed plugins, from metadata alone."""
-    found = installed()
-    limit = os.environ.get("PILOTFISH_PLUGINS")
-    note = "" if limit is None else f"\n\nlimited by PILOTFISH_PLUGINS={limit}"
+    found, note = installed(), limit_note()
     if not found:
-        return NOTHING_INSTALLED + note
+        return note if hidden() else "\n\n".join(filter(None, (NOTHING_INSTALLED, note)))
     rows = [("name", "package", "summary")]
     for entries in found.values():
         rows += [(e.name, f"{e.distribution} {e.version}", remark(e, entries)) for e in entries]
-    return columns(rows) + "\n\npilotfish plugins show NAME tells its settings." + note
+    text = columns(rows) + "\n\npilotfish plugins show NAME tells its settings."
+    return "\n\n".join(filter(None, (text, note)))
+
+
+def limit_note() -> str:
+    """What `PILOTFISH_PLUGINS` does to discovery; empty where it is not set."""
+    wanted = limit()
+    if wanted is None:
+        return ""
+    found = {*installed(), *installed(COMMAND_GROUP)}
+    lists = {"hidden": hidden(), "not installed": [name for name in wanted if name not in found]}
+    parts = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
+    return "; ".join([f"Discovery is limited by {LIMIT}={os.environ[LIMIT]}", *parts])
 
 
 def remark(entry: Installed, claims: Sequence[Installed]) -> str:

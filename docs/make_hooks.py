@@ -1,0 +1,119 @@
+"""Writes docs/hooks.md from the docstrings of the hooks: `python docs/make_hooks.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType
+
+from pilotfish import Embedding, Step, hookspecs
+
+FILE = Path(__file__).with_name("hooks.md")
+
+HEAD = """\
+# The hooks
+
+What a plugin may do, hook by hook. This page is written by `docs/make_hooks.py` from
+[hookspecs.py](../src/pilotfish/hookspecs.py); change it there. [Write a plugin](plugins.md) is the
+way in. In a class each hook is a method, with `self` before the arguments shown here.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    about = paragraphs(inspect.getdoc(hookspecs) or "")[1:]  # without the module's own title
+    parts = [HEAD, *about, table(), *(section(name) for name in hookspecs.KINDS)]
+    parts += [
+        "## What a step shows",
+        "`step` is read-only. Its values are made when they are first read, and shared: ten "
+        "plugins that read the picture cost one decode.",
+        attributes(Step),
+        "## What an embedding holds",
+        *paragraphs(inspect.getdoc(Embedding) or "")[:1],
+        fields(),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def table() -> str:
+    """All hooks with their kind and when they are called."""
+    rows = [f"| [`{n}`](#{n}) | {kind} | {when(n)} |" for n, kind in hookspecs.KINDS.items()]
+    return "\n".join(["| hook | kind | when |", "|---|---|---|", *rows])
+
+
+def when(name: str) -> str:
+    """The beginning of a hook's docstring, up to the colon."""
+    first = paragraphs(doc(name))[0]
+    return first.partition(":")[0].partition(",")[2].strip(" .")
+
+
+def section(name: str) -> str:
+    """One hook: its signature, and its contract."""
+    function: FunctionType = getattr(hookspecs, name)
+    signature = str(inspect.signature(function)).replace("'", "")
+    text = re.sub(r"^(Args|Returns):$", r"**\1**", doc(name), flags=re.M)
+    return f"## {name}\n\n```python\ndef {name}{signature}\n```\n\n" + "\n\n".join(paragraphs(text))
+
+
+def doc(name: str) -> str:
+    """A hook's docstring."""
+    return inspect.getdoc(getattr(hookspecs, name)) or ""
+
+
+def paragraphs(text: str) -> list[str]:
+    """The text with each paragraph on one line, lists and indented items as lists."""
+    return [block(part) for part in text.split("\n\n")]
+
+
+def block(text: str) -> str:
+    """One paragraph; below a bold title, indented lines are items."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        bare = line.strip()
+        starts_item = bare.startswith("* ") or re.match(r"    \w+: ", line) is not None
+        if starts_item and not bare.startswith("* "):
+            bare = re.sub(r"^(\w+):", r"* `\1`:", bare)
+        if not lines or starts_item:
+            lines.append(bare)
+        elif lines[-1].startswith("**"):
+            lines += ["", bare]
+        else:
+            lines[-1] += f" {bare}"
+    return "\n".join(spaced(lines))
+
+
+def spaced(lines: list[str]) -> Iterator[str]:
+    """An empty line between a title or a sentence and the list below it."""
+    for before, line in zip(["", *lines], lines, strict=False):
+        if line.startswith("* ") and before and not before.startswith("* "):
+            yield ""
+        yield line
+
+
+def attributes(kind: type) -> str:
+    """The public properties and methods of a class."""
+    rows = ["| name | meaning |", "|---|---|"]
+    for name, member in vars(kind).items():
+        if name.startswith("_"):
+            continue
+        text = inspect.getdoc(member) or ""
+        call = "" if isinstance(member, property) else "()"
+        rows.append(f"| `step.{name}{call}` | {' '.join(text.split())} |")
+    return "\n".join(rows)
+
+
+def fields() -> str:
+    """The fields of an embedding, as its docstring tells them."""
+    text = (inspect.getdoc(Embedding) or "").partition("Attributes:\n")[2]
+    told = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, flags=re.M))
+    rows = ["| name | meaning |", "|---|---|"]
+    for field in dataclasses.fields(Embedding):
+        rows.append(f"| `{field.name}` | {' '.join(told[field.name].split())} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    FILE.write_text(page(), encoding="utf-8")
