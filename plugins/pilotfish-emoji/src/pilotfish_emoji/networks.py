@@ -10,7 +10,13 @@ from diffusers import (  # noqa: E402
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 __all__ = [
     "AutoencoderKL",
@@ -18,6 +24,8 @@ __all__ = [
     "CLIPTextModel",
     "CLIPTokenizer",
     "DDIMScheduler",
+    "ResNetConfig",
+    "ResNetForImageClassification",
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
 ]

@@ -1,0 +1,113 @@
+"""What CLIP is shown: the whole picture and random squares of it, at CLIP's own size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pilotfish import SettingsError
+
+SMALLEST = 0.5  # side of a cutout, as a fraction of the picture's shorter side
+PIXELS = 50_000_000  # in a picture file, before it is read
+
+Kernel = Callable[[Tensor], Tensor]
+
+
+def cut(
+    images: Tensor,
+    size: tuple[int, int],
+    kernel: Kernel,
+    count: int,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """Each image whole, and `count` random squares of it: (B, 1 + count, 3, *size).
+
+    Cutouts make the gradient one that many crops agree on (Crowson 2021, "CLIP Guided Diffusion").
+    We differ: the whole picture, squeezed if it is not square, is always among them, and a square's
+    side is a fraction of the picture's, whatever CLIP's own size.
+
+    Args:
+        images: (B, 3, H, W), any range of values; nothing is clamped.
+        generators: one for each image, not used where `count` is 0.
+    """
+    height, width = images.shape[2:]
+    windows = torch.tensor([[0, 0, height, width]]).double().expand(len(images), 1, 4)
+    if count:
+        cutouts = [squares(height, width, count, generator) for generator in generators]
+        windows = torch.cat([windows, torch.stack(cutouts)], dim=1)  # (B, 1 + count, 4)
+    top, left, tall, wide = windows.unbind(-1)
+    rows = resizing(top, tall, height, size[0], kernel, images)
+    columns = resizing(left, wide, width, size[1], kernel, images)
+    lines = torch.einsum("bvyh,bchw->bvcyw", rows, images)
+    return torch.einsum("bvcyw,bvxw->bvcyx", lines, columns)
+
+
+def squares(height: int, width: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random squares of whole pixels inside a picture: rows (top, left, side, side)."""
+    size, down, right = torch.rand(3, count, generator=generator, dtype=torch.float64)
+    side = (min(height, width) * (SMALLEST + (1 - SMALLEST) * size)).ceil()
+    top, left = ((height - side + 1) * down).floor(), ((width - side + 1) * right).floor()
+    return torch.stack([top, left, side, side], dim=-1)
+
+
+def resizing(
+    start: Tensor, length: Tensor, inputs: int, outputs: int, kernel: Kernel, like: Tensor
+) -> Tensor:
+    """Matrices (..., outputs, inputs) that resize windows of a line of pixels.
+
+    The numbers of `torch.nn.functional.interpolate(antialias=True)` for the window alone. As matrix
+    products they have a deterministic gradient on CUDA, which `interpolate` has not.
+
+    Args:
+        start, length: of the windows in pixels, (...), float64.
+        kernel: the filter, a function of the distance in pixels of the coarser side.
+        like: a tensor of the device and number format to answer in.
+    """
+    step = (length / outputs).unsqueeze(-1)
+    centers = start.unsqueeze(-1) + step * (torch.arange(outputs) + 0.5) - 0.5  # (..., outputs)
+    whole = centers.floor()
+    # Whole and fractional part go on apart, since float32 would lose digits of their sum.
+    rest, whole, width = (t.unsqueeze(-1).to(like) for t in (centers - whole, whole, step))
+    places = torch.arange(inputs).to(like)
+    weights = kernel((places - whole - rest) / width.clamp(min=1))
+    first, end = (t.unsqueeze(-1).to(like) for t in (start, start + length))
+    weights = weights * ((places >= first) & (places < end)).unsqueeze(-2)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def linear(distance: Tensor) -> Tensor:
+    """The triangle filter."""
+    return (1 - distance.abs()).clamp(min=0)
+
+
+def cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic filter with a = -0.5, as Pillow and antialiased `interpolate` have it."""
+    x = distance.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
+
+
+def picture_of(path: Path) -> Tensor:
+    """A picture file as (1, 3, H, W) in [0, 1].
+
+    Raises:
+        SettingsError: it cannot be read, or is too large.
+    """
+    try:
+        with Image.open(path) as picture:
+            if math.prod(picture.size) > PIXELS:
+                raise ValueError(f"{picture.size} pixels; at most {PIXELS} in all are read")
+            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), np.float32) / 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SettingsError(
+            f"Clip: image must be a picture that Pillow can read; got {str(path)!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)

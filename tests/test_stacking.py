@@ -1,0 +1,131 @@
+"""All installed plugins side by side: each pair on random weights, a stack on the emoji model."""
+
+import warnings
+from itertools import combinations
+
+import pytest
+import torch
+from PIL import Image
+from pilotfish_emoji import FOLDER
+from safetensors.torch import save_file
+
+import pilotfish
+from pilotfish import Guide
+from pilotfish.registry import installed, load_class
+
+PROMPT = "a <ink> of a puppy and a skunk"
+NAMES = sorted(installed())
+PAIRS = list(combinations(NAMES, 2))
+GUIDES = [name for name in NAMES if issubclass(load_class(name), Guide)]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """Tables for plugins by name; one that has no settings here fails its tests."""
+    folder = tmp_path_factory.mktemp("files")
+    Image.linear_gradient("L").convert("RGB").resize((32, 32)).save(folder / "grey.png")
+    save_file({"<ink>": torch.linspace(-1, 1, 16)}, folder / "ink.safetensors")
+    settings = {
+        "blend": {"prompts": {"a red cat": 0.5}},
+        "blue": {},
+        "classifier": {"label": "fox", "model": str(FOLDER / "classifier")},
+        "clip": {"text": "a fox", "model": f"local-dir:{FOLDER / 'clip'}", "cutouts": 2},
+        "concept": {"file": str(folder / "ink.safetensors")},
+        "palette": {"colors": ["#14213d", "#fca311"]},
+        "reference": {"image": str(folder / "grey.png")},
+        "token-blend": {"word": "skunk", "mix": {"otter": 0.5}},
+        "token-swap": {"word": "puppy", "by": "cat"},
+    }
+
+    def tables(*names, **changes):
+        return [{"use": name, **settings[name], **changes.get(name, {})} for name in names]
+
+    return tables
+
+
+@pytest.fixture(scope="module")
+def run(sampler):
+    def run(plugins):
+        return sampler(PROMPT, plugins=plugins, steps=2, seed=5)
+
+    return run
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_each_pair_gives_a_finite_picture_and_the_same_when_rerun(run, stack, pair):
+    first = run(stack(*pair)).latents
+    assert first.isfinite().all()
+    assert torch.equal(first, run(stack(*pair)).latents)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+def test_each_of_a_pair_changes_the_others_picture(run, stack, pair):
+    both = run(stack(*pair)).latents
+    for name in pair:
+        assert not torch.equal(both, run(stack(name)).latents)
+
+
+@pytest.mark.parametrize("pair", list(combinations(GUIDES, 2)), ids="+".join)
+def test_guides_act_in_the_listed_order(run, stack, pair):
+    for names in (pair, pair[::-1]):
+        trace = run(stack(*names)).trace
+        assert [record.plugin for record in trace] == 2 * list(names)
+        assert all(
+            sum(r.share[0] for r in trace if r.index == i) == pytest.approx(1) for i in (0, 1)
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_guide_at_scale_zero_leaves_every_others_picture_bit_identical(run, stack, guide, name):
+    others = [] if name == guide else stack(name)
+    off = stack(guide, **{guide: {"scale": 0.0}})
+    assert torch.equal(run([*others, *off]).latents, run(others).latents)
+
+
+def test_two_clips_pull_in_their_own_directions(run, stack):
+    clips = stack("clip") + stack("clip", clip={"text": "a castle"})
+    trace = run(clips).trace
+    assert trace.plugins == ["clip", "clip#2"]
+    assert all(abs(cosine) < 0.999 for cosine in trace.cosines("clip", "clip#2"))
+    opposed = stack("clip") + stack("clip", clip={"scale": -1.0, "cutouts": 0})
+    same_view = stack("clip", clip={"cutouts": 0}) + opposed[1:]
+    assert run(same_view).trace.cosines("clip", "clip#2") == pytest.approx([-1.0, -1.0], abs=1e-4)
+
+
+def test_opposed_palettes_show_as_a_conflict(run):
+    black, white = ({"use": "palette", "colors": [color]} for color in ("#000000", "#ffffff"))
+    conflict = run([black, white]).trace
+    agreement = run([black, {**black, "colors": ["#101010"]}]).trace
+    assert max(conflict.cosines("palette", "palette#2")) < -0.3
+    assert min(agreement.cosines("palette", "palette#2")) > 0.9
+
+
+@pytest.mark.slow
+def test_a_stack_of_five_plugins_runs_on_the_emoji_model(stack, tmp_path):
+    save_file(
+        {"<ink>": torch.randn(128, generator=torch.Generator().manual_seed(0))},
+        tmp_path / "ink.safetensors",
+    )
+    plugins = stack(
+        "clip",
+        "palette",
+        "concept",
+        "blend",
+        "classifier",
+        clip={"model": None},
+        classifier={"model": None, "scale": 0.5},
+        concept={"file": str(tmp_path / "ink.safetensors")},
+        blend={"prompts": {"a fox on a teal background": 0.5}},
+    )
+    sampler = pilotfish.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = sampler("a <ink> of a fox on a gray background", plugins=plugins, steps=10, seed=1)
+    assert result.trace.plugins == ["clip", "palette", "classifier"]
+    for name in result.trace.plugins:
+        losses = result.trace.losses(name)
+        assert losses[-1] < losses[0]
+    last = result.trace[-1]
+    assert last.cosine.keys() == {"clip", "palette"}
+    assert result.latents.isfinite().all()
