@@ -61,6 +61,9 @@ class LatentDiffusion(Protocol):
     def decode_float32(self, latents: Tensor) -> Tensor:
         """As `decode`, with the decoder itself in float32."""
 
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents."""
+
     def rgb(self, latents: Tensor) -> Tensor:
         """Clean latents -> linear estimate of the colours at latent size (B, 3, H, W)."""
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pilotfish_emoji import judge as judges
-from pilotfish_emoji.names import COLORS, GLYPHS
-from pilotfish_emoji.world import render
 from pilotfish_likeness import Reference
 
 import pilotfish
@@ -25,9 +22,10 @@ def sampler():
 
 
 @pytest.fixture(scope="module")
-def picture_file(tmp_path_factory):
+def picture_file(sampler, tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "fox.png"
-    render(GLYPHS["fox"], COLORS["teal"], "plain", Random(0)).save(path)
+    drawn = sampler("a fox on a teal background", guidance_scale=4, **{**RUN, "num_images": 1})
+    drawn.images[0].save(path)
     return path
 
 
@@ -56,7 +54,7 @@ def test_at_the_default_scale_reference_halves_its_distance(space, prompt, sampl
 
 @pytest.mark.parametrize("label", ["fox", "frog"])
 def test_without_a_prompt_the_models_own_classifier_makes_its_class(label, sampler):
-    strong = {"scale": 6, "cutouts": 2, "stop": 0.6, "gradient": "latents"}
+    strong = {"scale": 6, "cutouts": 2, "stop": 0.6, "gradient": "x0"}
     guide = {"use": "classifier", "label": label, **strong}
     run = {**RUN, "scheduler": "euler-ancestral", "steps": 40, "guidance_scale": 1}
     latents = sampler("", plugins=[guide], **run).latents
