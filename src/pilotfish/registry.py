@@ -94,8 +94,8 @@ def _describe(entry: EntryPoint) -> Installed:
 @functools.cache  # each run asks for it, and a distribution parses its file at each question
 def _about(distribution: Distribution) -> tuple[str, str, str]:
     """Name, version and summary."""
-    metadata = distribution.metadata
-    return metadata["Name"], metadata["Version"], str(metadata.json.get("summary", ""))
+    summary = str(distribution.metadata.json.get("summary", ""))
+    return distribution.name, distribution.version, summary
 
 
 def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
