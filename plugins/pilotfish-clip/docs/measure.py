@@ -1,0 +1,148 @@
+"""Measure `clip` on the emoji model: does a judge see what the text says, and is it a good picture?
+
+Eight objects, eight pictures each: from no prompt, and from a prompt that says only the background.
+The judge is a network apart from the CLIP. The Frechet distance is taken in the judge's features to
+fresh pictures of the same objects; its floor is that of unguided pictures whose prompt says the
+object.
+
+    python docs/measure.py --out work
+
+Prints a table and draws clip.png. Finished pictures are kept in the working folder, so that a run
+that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pilotfish_emoji import judge as judges
+from pilotfish_emoji.names import BACKGROUNDS, COLORS, GLYPHS
+from pilotfish_emoji.score import frechet_distance
+from pilotfish_emoji.world import pixels, random_style, render, sheet
+from torch import Tensor
+
+import pilotfish
+
+OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
+EACH, FRESH = 8, 64  # pictures of an object, and fresh ones to compare with
+WINDOW = 0.6  # the guide's `stop`
+CUTOUTS = 8
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the table."""
+
+    name: str
+    gradient: str
+    scale: float
+    prompt: str = ""
+    scheduler: str = "euler-ancestral"
+    steps: int = 80
+
+
+BACKGROUND = "on a {background} background"
+POINTS = (
+    Point("no prompt, latents", "latents", 4),
+    Point("no prompt, x0", "x0", 6),
+    Point("background in the prompt, x0", "x0", 1.5, BACKGROUND),
+    Point("no prompt, no guide", "x0", 0),
+    Point("all in the prompt, no guide", "x0", 0, "a {object} on a {background} background"),
+)
+
+
+def drawn(sampler: pilotfish.Sampler, point: Point) -> Tensor:
+    """Pictures (64, 3, 64, 64), the objects in turn, seeds apart."""
+    parts = []
+    for index, (name, background) in enumerate(zip(OBJECTS, backgrounds(), strict=True)):
+        guide = {"use": "clip", "text": f"a {name}", "cutouts": CUTOUTS, "stop": WINDOW}
+        guide |= {"gradient": point.gradient, "scale": point.scale}
+        result = sampler(
+            point.prompt.format(object=name, background=background),
+            plugins=[guide] if point.scale else [],
+            guidance_scale=4 if point.prompt else 1,
+            num_images=EACH,
+            seed=1000 * index,
+            scheduler=point.scheduler,
+            steps=point.steps,
+        )
+        parts += [pixels(image) for image in result.images]
+    return torch.stack(parts)
+
+
+def backgrounds() -> Sequence[str]:
+    """The background that a prompt says beside each object."""
+    return [BACKGROUNDS[index % len(BACKGROUNDS)] for index in range(len(OBJECTS))]
+
+
+def fresh() -> Tensor:
+    """Pictures of the world with these objects, as often each, in all styles and colours."""
+    random, parts = Random(2), []
+    for name in OBJECTS:
+        for _ in range(FRESH):
+            color = COLORS[random.choice(BACKGROUNDS)]
+            parts.append(pixels(render(GLYPHS[name], color, random_style(random), random)))
+    return torch.stack(parts)
+
+
+def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """What lies in the file, (N, 3, 64, 64) in [0, 1]; made and written there if nothing does."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        torch.save(make(), part)
+        part.rename(path)
+    images: Tensor = torch.load(path, weights_only=True).float() / 255
+    return images
+
+
+def row(judge: judges.Judge, images: Tensor, world: Tensor) -> tuple[float, float, float]:
+    """Shares of pictures with the right object and background, and the Frechet distance."""
+    names = judge.judge(images).names
+    objects = [name for name in OBJECTS for _ in range(EACH)]
+    places = [name for name in backgrounds() for _ in range(EACH)]
+    right = sum(n[0] == o for n, o in zip(names, objects, strict=True)) / len(names)
+    placed = sum(n[1] == b for n, b in zip(names, places, strict=True)) / len(names)
+    with torch.no_grad():
+        return right, placed, frechet_distance(judge.features(images), judge.features(world))
+
+
+def draw(pictures: dict[str, Tensor], path: Path) -> None:
+    """A sheet for each point, side by side, a row for each object."""
+    sheets = [sheet(images, columns=EACH) for images in pictures.values()]
+    (width, height), line = sheets[0].size, 18
+    canvas = Image.new("RGB", ((width + line) * len(sheets) - line, height + line), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    for column, (name, drawing) in enumerate(zip(pictures, sheets, strict=True)):
+        left = column * (width + line)
+        pen.text((left + 2, 1), name, fill="black", font=font)
+        canvas.paste(drawing, (left, line))
+    canvas.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def main() -> None:
+    """Make what is missing, print the table, draw the sheet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="working folder")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    sampler, judge, world = pilotfish.load(), judges.load(), fresh().float() / 255
+    print("| pictures | object | background | Frechet distance |\n|---|---:|---:|---:|")
+    shown = {}
+    for index, point in enumerate(POINTS):
+        images = kept(out / f"{index}.pt", lambda p=point: drawn(sampler, p))
+        right, placed, distance = row(judge, images, world)
+        place = f"{placed:.0%}" if point.prompt else ""
+        print(f"| {point.name} | {right:.0%} | {place} | {distance:.1f} |", flush=True)
+        if point.scale:
+            shown[point.name] = images
+    draw(shown, Path(__file__).with_name("clip.png"))
+
+
+if __name__ == "__main__":
+    main()
