@@ -229,7 +229,7 @@ def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
         ("--use ./my_loss.py:Warmth:scal=2", "Did you mean 'scale'?"),
         ("--use ./my_loss.py:Warmth:target=2", "target must be less than or equal to 1; got '2'"),
         ("--use ./nothing.py", "no plugin file nothing.py"),
-        ("--preset deepdive", "Did you mean 'deep-dive'? Available: balanced, deep-dive"),
+        ("--preset deepdive", "Did you mean 'deep-dive'? Available: balanced, clip-guided"),
         ("--scheduler eular", "Did you mean 'euler'? Available: "),
         ("--dtype float", "Available: bfloat16, float16, float32"),
         ("--device gpu", "no device 'gpu' here; expected cpu, cuda"),
@@ -238,6 +238,8 @@ def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
         ("--run nothing.toml", "cannot read the run file nothing.toml"),
         ("-s step=3", "no key called 'step'. Did you mean 'steps'?"),
         ("-s steps", "--set takes KEY=VALUE"),
+        ("-s rhoo=2", "no key called 'rhoo'. Did you mean 'rho'?"),
+        ("--preset tfg -s rho=-2", "preset 'tfg': rho must be greater than or equal to 0; got"),
         ("-s steps=many", "steps must be a whole number >= 1; got 'many'"),
         ("-s plugins.scale=3", "--set takes plugins.NAME.SETTING=VALUE"),
         ("--use ./my_loss.py:Warmth -s plugins.warm.scale=3", "Did you mean 'Warmth'?"),
@@ -325,6 +327,12 @@ def test_a_dry_run_explains_the_stack_in_order_and_loads_no_weights(
 def test_a_dry_run_takes_the_models_own_scheduler_where_its_folder_is_here(model: str) -> None:
     answer = json.loads(generate(model, "--dry-run", "--json").stdout)
     assert (answer["scheduler"], answer["num_steps"]) == ("ddim", 3)
+
+
+def test_one_knob_of_a_preset_can_be_changed(model: str) -> None:
+    preset = planned(model, "--preset", "tfg", "-s", "rho=0.5", "-s", "preset.recurrence=2")["run"]
+    assert isinstance(preset, dict)
+    assert preset["preset"] == {"base": "tfg", "rho": 0.5, "recurrence": 2}
 
 
 def test_the_gradient_of_a_guide_comes_from_its_settings_then_from_the_preset() -> None:

@@ -1,65 +1,15 @@
 """The closed form: Gaussian data has an exact x0, and an exact posterior under a measurement."""
 
 import dataclasses
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, Sampler
-from pilotfish.model import schedulers
 from pilotfish.noise import noise_level
-from pilotfish.text import Conditioning
+from pilotfish.testing import GaussianModel
 
 STD = 0.7  # of the data, in every coordinate
-
-
-class GaussianModel:
-    """An exact network for data N(0, STD^2); its VAE is the map x0 -> 3 channels in [0, 1]."""
-
-    id, device, dtype, factor, text_encoders = None, torch.device("cpu"), torch.float64, 1, ()
-
-    def __init__(self):
-        self.calls = self.decodes = 0
-
-    def new_scheduler(self, spec):
-        options = {"name": spec} if isinstance(spec, str) else dict(spec)
-        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        self.scheduler = schedulers()[options.pop("name")](**betas, **options)
-        return self.scheduler
-
-    def latent_shape(self, height, width):
-        return 3, height or 4, width or 4
-
-    def condition(self, embeddings):
-        return Conditioning(torch.zeros(1, 1, 1, dtype=self.dtype))
-
-    def predict(self, latents, timestep, conditioning):
-        index = int((self.scheduler.timesteps == timestep).nonzero()[0])
-        level = noise_level(self.scheduler, index)
-        if level.alpha == 1:  # undo scale_model_input
-            latents = latents * (level.sigma**2 + 1) ** 0.5
-        self.calls += 1
-        x0 = exact_x0(latents, level)
-        return level.eps(latents, x0)
-
-    def decode(self, latents):
-        self.decodes += 1
-        return latents / 2 + 0.5
-
-    rgb = decode
-
-    def differentiable(self, checkpointing):
-        return nullcontext()
-
-    def refuse_gradients(self):
-        return None
-
-
-def exact_x0(latents, level):
-    """E[x0 | latents] of Gaussian data."""
-    variance = STD**2
-    return latents * level.alpha * variance / (level.alpha**2 * variance + level.sigma**2)
 
 
 class Measured(Guide):
@@ -77,7 +27,7 @@ def test_x0_is_the_exact_posterior_mean_at_every_step(scheduler):
     for step in Sampler(model).stream(scheduler=scheduler, steps=6, guidance_scale=1, seed=0):
         level = noise_level(model.scheduler, step.index)
         # Schedulers keep their sigmas in float32.
-        torch.testing.assert_close(step.x0, exact_x0(step.latents, level), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(step.x0, model.x0(step.latents, level), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(step.latents, step.alpha * step.x0 + step.sigma * step.eps)
 
 
@@ -100,9 +50,9 @@ def test_a_solver_converges_with_its_order(scheduler, order):
 
 def exact_guided_mean(level, latents):
     """E[x0 | latents, y]: the exact posterior, which guidance approximates."""
-    variance = STD**2 * level.sigma**2 / (level.alpha**2 * STD**2 + level.sigma**2)
+    variance = GaussianModel(STD).variance(level)
     gain = variance / (variance + Measured.noise_std**2)
-    mean = exact_x0(latents, level)
+    mean = GaussianModel(STD).x0(latents, level)
     guided = mean.clone()
     guided[:, 0] += gain * (1 - mean[:, 0])
     return guided, gain
@@ -121,7 +71,7 @@ def test_one_guided_step_moves_x0_by_the_formula_and_towards_the_exact_posterior
     step = next(Sampler(model).stream(**common, plugins=[Measured()], preset=preset))
     level = noise_level(model.scheduler, 0)
     exact, gain = exact_guided_mean(level, step.latents)
-    plain = exact_x0(step.latents, level)
+    plain = model.x0(step.latents, level)
     overshoot = 1 / (1 - gain)  # (V / r^2) / (V / (V + r^2)) = (V + r^2) / r^2
     torch.testing.assert_close(step.x0 - plain, (exact - plain) * overshoot)
 
@@ -137,8 +87,8 @@ def test_guided_samples_have_the_posterior_mean_where_noise_is_small():
     level = noise_level(model.scheduler, step.index)
     exact, gain = exact_guided_mean(level, step.latents)
     assert gain < 0.02
-    moved = exact - exact_x0(step.latents, level)
-    torch.testing.assert_close(step.x0 - exact_x0(step.latents, level), moved, rtol=0.02, atol=1e-9)
+    moved = exact - model.x0(step.latents, level)
+    torch.testing.assert_close(step.x0 - model.x0(step.latents, level), moved, rtol=0.02, atol=1e-9)
 
 
 @pytest.mark.parametrize("applied_to", ["latents", "prediction"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, InputError, PilotfishError, PluginError, Run, registry
+from pilotfish.presets import find_preset
 from pilotfish.registry import Installed, parse_use, resolve
 
 WARMTH = '''
@@ -70,9 +71,14 @@ def test_a_class_that_cannot_be_found_again_is_refused_in_a_run_file(sampler):
     run = sampler("a cat", plugins=[Local()], steps=1).run
     with pytest.raises(PilotfishError, match="'Local' was defined in this session"):
         run.to_toml()
-    own = dataclasses.replace(PRESETS["balanced"], name="mine")
-    with pytest.raises(PilotfishError, match="preset 'mine' is an object"):
-        sampler("a cat", preset=own, steps=1).run.to_toml()
+
+
+@pytest.mark.parametrize("name", ["mine", "balanced"])
+def test_a_preset_of_ones_own_comes_back_from_a_run_file(sampler, name):
+    own = dataclasses.replace(PRESETS["balanced"], name=name, mu=0.5)
+    content = Run.parse(sampler("a cat", preset=own, steps=1, seed=0).run.to_toml())
+    assert find_preset(content["preset"]) == own
+    assert Run.parse(Run(preset="tfg").to_toml())["preset"] == "tfg"
 
 
 def test_a_seed_that_is_not_given_is_drawn_and_told(sampler):

@@ -6,13 +6,7 @@ gradient at its leaves is cheap, is checked and weighed there, and the weighted 
 through the trunk once. The result is the gradient of the weighted sum of the losses, exactly; a
 broken guide is caught at its leaf and touches nobody else's gradient.
 
-`gradient` per image is written g below, and a guide's move is `-size * g`.
-
-* Rule "sigma2" (the Deep Dive talk): `size = scale * sigma^2` on the latents, with
-  `g = dL/dlatents`; in these coordinates the same picture in every scheduler family.
-* Rule "rms" (after FreeDoM, Yu et al. 2023, arXiv 2303.09833): `g` is scaled to the root mean
-  square of the prompt's own pull, so scale 1 means "as strong as the prompt", whatever the loss.
-  We differ: each guide is normalised on its own, at its leaf, before they are summed.
+How far the sum then moves what, is `rules.py`.
 """
 
 from __future__ import annotations
@@ -27,15 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .noise import NoiseLevel, at_least_float32
-from .presets import Preset
+from .noise import at_least_float32
 
 End = Literal["x0", "latents"]
-
-# What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
-# guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
-# Measured: docs/guidance.md, "Without a prompt".
-UNPROMPTED_PULL = 0.1
+Leaf = tuple[int, str]  # which sample of x0, and the form in which a guide read it
 
 
 class LossFault(Exception):
@@ -64,6 +53,12 @@ class Trunk:
         self._build = {"x0": lambda x0: x0, "rgb": to_rgb, "image": decode}
         self._nodes: dict[str, Tensor] = {}
         self.seconds = 0.0  # spent building
+
+    def shifted(self, offset: Tensor) -> Trunk:
+        """The trunk of this x0 plus a constant, over the same network."""
+        other = Trunk(self._x0.detach() + offset, self._build["image"], self._build["rgb"])
+        other._predicted, other._latents = self._predicted, self._latents
+        return other
 
     def node(self, name: str) -> Tensor:
         """The trunk's own value of that name, built on first use."""
@@ -121,17 +116,18 @@ class Pull:
     """One guide's wish at one step.
 
     Attributes:
-        end: where its gradient ends.
+        ends: where its gradient ends.
         loss: (B,).
         gradients: its own gradient at each leaf that it read, unweighted.
-        share: (B,), its part of the step's move, set by `combine`; the parts add up to 1.
+        share: (B,), its part of the step's move, set by `sum_at_x0`; the parts add up to 1 when
+            `share_out` is done.
     """
 
     name: str
     scale: float
-    end: End
+    ends: tuple[End, ...]
     loss: Tensor
-    gradients: dict[str, Tensor]
+    gradients: dict[Leaf, Tensor]
     seconds: float = 0.0
     share: Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -151,18 +147,38 @@ class Pull:
             return None
         products = _sum((self.gradients[c] * other.gradients[c]).sum((1, 2, 3)) for c in common)
         sign = math.copysign(1, self.scale * other.scale)
-        return sign * products * _inverse(self.norm * other.norm)
+        return sign * products * inverse(self.norm * other.norm)
 
-    def weighted(self, unit: bool) -> dict[str, Tensor]:
-        """The gradient times scale; with `unit`, of root mean square 1 over all leaves first."""
-        if not unit:
-            return {leaf: self.scale * g for leaf, g in self.gradients.items()}
-        count = sum(g[0].numel() for g in self.gradients.values())
-        factor = self.scale * _inverse(self.norm / count**0.5)
+    def times(self, factor: Tensor) -> dict[Leaf, Tensor]:
+        """The gradient times a number for each image, (B,)."""
         return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
 
+    def unit(self) -> Tensor:
+        """What makes the gradient's root mean square 1 over all its leaves, (B,)."""
+        count = sum(g[0].numel() for g in self.gradients.values())
+        return inverse(self.norm / count**0.5)
 
-def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[str, Tensor]:
+
+def averaged(samples: Sequence[Pull]) -> Pull:
+    """The pull of `-log mean exp(-loss)` over the same guide's losses on several samples of x0.
+
+    Song et al. 2023, "Loss-Guided Diffusion", algorithm 1: its gradient is the mean of the
+    samples' own, weighted by `softmax(-loss)`.
+    """
+    losses = torch.stack([pull.loss for pull in samples])  # (samples, B)
+    weights = losses.neg().softmax(dim=0)
+    gradients = {
+        (k, name): weight.view(-1, 1, 1, 1) * g
+        for k, (weight, pull) in enumerate(zip(weights, samples, strict=True))
+        for (_, name), g in pull.gradients.items()
+    }
+    loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
+    first = samples[0]
+    seconds = sum(pull.seconds for pull in samples)
+    return Pull(first.name, first.scale, first.ends, loss, gradients, seconds)
+
+
+def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, Tensor]:
     """The gradient of a guide's loss at each leaf that it read.
 
     Raises:
@@ -187,10 +203,10 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[str, T
         raise LossFault(f"returned a loss that is not finite: {_listed(loss)}")
     total = at_least_float32(loss).sum()
     found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
-    gradients = {leaf: g for leaf, g in zip(leaves.read, found, strict=True) if g is not None}
+    gradients = {(0, name): g for name, g in zip(leaves.read, found, strict=True) if g is not None}
     if not gradients:
         raise LossFault("returned a loss that does not depend on step.x0, step.rgb or step.image")
-    for leaf, gradient in gradients.items():
+    for (_, leaf), gradient in gradients.items():
         if bad := int((~gradient.isfinite()).sum()):
             raise LossFault(
                 f"has a gradient that is not finite in {bad} of {gradient.numel()} values of "
@@ -199,84 +215,65 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[str, T
     return gradients
 
 
-def combine(
-    trunk: Trunk, pulls: Sequence[Pull], preset: Preset, level: NoiseLevel, prompt_pull: Tensor
+def sum_at_x0(
+    trunks: Sequence[Trunk],
+    pulls: Sequence[Pull],
+    weighted: Sequence[dict[Leaf, Tensor]],
+    *,
+    keep_size: bool = False,
+    retain_graph: bool = False,
 ) -> Tensor:
-    """One move from all guides' gradients, and each guide's share of it.
+    """The sum of all guides' weighted gradients, pulled back to x0: one product for each leaf.
 
     Args:
-        prompt_pull: (B, 1, 1, 1), see `prompt_pull`; used by the rule "rms".
-
-    Returns:
-        What to add to the latents, or to x0 where `preset.applied_to` is "prediction".
+        trunks: one for each sample of x0.
+        keep_size: each leaf's sum keeps the root mean square that it has at the leaf, so that a
+            guide on the image and one on x0 weigh the same, and opposed guides cancel.
     """
-    unit = preset.rule == "rms"
-    ends = [end for end in ("latents", "x0") if any(p.end == end for p in pulls)]
-    moves = []
-    for end in ends:
-        group = [p for p in pulls if p.end == end]
-        at_x0 = _sum_at_x0(trunk, group, unit, retain_graph=end != ends[-1])
-        if unit:
-            direction = (
-                _resized(trunk.to_latents(at_x0), _rms(at_x0)) if end == "latents" else at_x0
-            )
-            moves.append(-prompt_pull * direction)
-        else:
-            g = trunk.to_latents(at_x0) if end == "latents" else at_x0 / level.alpha
-            on_latents = -(level.sigma**2) * g
-            moves.append(on_latents if preset.applied_to == "latents" else on_latents / level.alpha)
-    _share(pulls)
-    return sum(moves[1:], start=moves[0])
-
-
-def _sum_at_x0(trunk: Trunk, pulls: Sequence[Pull], unit: bool, retain_graph: bool) -> Tensor:
-    """The weighted sum of all guides' gradients, pulled back to x0: at most one product a leaf.
-
-    With `unit`, each leaf's sum keeps the root mean square that it has at the leaf, so that a guide
-    on the image and one on x0 weigh the same, and opposed guides cancel.
-    """
-    weighted = [pull.weighted(unit) for pull in pulls]
     parts = []
     for leaf in dict.fromkeys(name for w in weighted for name in w):
+        sample, name = leaf
         total = _sum(w[leaf] for w in weighted if leaf in w)
-        pulled = trunk.to_x0(leaf, total, retain_graph)
-        if unit:
-            pulled = _resized(pulled, _rms(total))
+        pulled = trunks[sample].to_x0(name, total, retain_graph)
+        if keep_size:
+            pulled = resized(pulled, rms(total))
         parts.append(pulled)
         for pull, w in zip(pulls, weighted, strict=True):
             if leaf in w:  # its part of this leaf's sum, in x0's units
-                part = _rms(pulled) * _rms(w[leaf]) * _inverse(_rms(total))
+                part = rms(pulled) * rms(w[leaf]) * inverse(rms(total))
                 pull.share = part.flatten() + (pull.share if len(pull.share) else 0)
     return _sum(parts)
 
 
-def _share(pulls: Sequence[Pull]) -> None:
+def without_conflicts(weighted: Sequence[dict[Leaf, Tensor]]) -> list[dict[Leaf, Tensor]]:
+    """Each gradient without what it has against another's: "project".
+
+    Yu et al. 2020, "Gradient Surgery" (PCGrad), arXiv 2001.06782, algorithm 1. We differ: the
+    others are taken in the list's order, not at random, and only guides that read the same leaf are
+    compared.
+    """
+    return [_without_conflicts(own, [w for w in weighted if w is not own]) for own in weighted]
+
+
+def _without_conflicts(
+    own: dict[Leaf, Tensor], others: Iterable[dict[Leaf, Tensor]]
+) -> dict[Leaf, Tensor]:
+    for other in others:
+        common = own.keys() & other.keys()
+        if not common:
+            continue
+        product = _sum((own[leaf] * other[leaf]).sum((1, 2, 3), keepdim=True) for leaf in common)
+        size = _sum(other[leaf].square().sum((1, 2, 3), keepdim=True) for leaf in common)
+        against = product.clamp(max=0) * inverse(size)  # (B, 1, 1, 1)
+        own = {**own, **{leaf: own[leaf] - against * other[leaf] for leaf in common}}
+    return own
+
+
+def share_out(pulls: Sequence[Pull]) -> None:
+    """Make the guides' shares parts of 1."""
     total = _sum(p.share for p in pulls)
     for pull in pulls:
-        pull.share = pull.share * _inverse(total)
-
-
-def prompt_pull(
-    level: NoiseLevel,
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    applied_to: Literal["latents", "prediction"],
-) -> Tensor:
-    """How far classifier-free guidance itself moves this step, root mean square per image.
-
-    `guidance_scale * RMS(cond - uncond)`, in x0's units for "prediction", in eps' for "latents"
-    (FreeDoM's own). Never less than `UNPROMPTED_PULL * RMS(cond)`: that stands in where nothing
-    pulls, and the two meet without a jump.
-
-    Returns:
-        (B, 1, 1, 1).
-    """
-    pull = UNPROMPTED_PULL * _rms(at_least_float32(cond))
-    if uncond is not None:
-        pull = torch.maximum(pull, guidance_scale * _rms(at_least_float32(cond - uncond)))
-    size = abs(level.out)
-    return pull * (size if applied_to == "prediction" else size * level.alpha / level.sigma)
+        pull.share = pull.share * inverse(total)
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
@@ -284,17 +281,17 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return sum(rest, start=first)
 
 
-def _rms(tensor: Tensor) -> Tensor:
+def rms(tensor: Tensor) -> Tensor:
     """Root mean square per image, (B, 1, 1, 1)."""
     return tensor.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
-def _resized(tensor: Tensor, rms: Tensor) -> Tensor:
+def resized(tensor: Tensor, size: Tensor) -> Tensor:
     """The same direction with that root mean square; zero stays zero."""
-    return tensor * (rms * _inverse(_rms(tensor)))
+    return tensor * (size * inverse(rms(tensor)))
 
 
-def _inverse(tensor: Tensor) -> Tensor:
+def inverse(tensor: Tensor) -> Tensor:
     """1/x, and 0 where x is 0: no gradient, no move."""
     return torch.where(tensor > 0, 1 / torch.where(tensor > 0, tensor, 1), 0)
 

@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from .errors import PluginError
-from .guidance import (
-    End,
-    Leaves,
-    LossFault,
-    Pull,
-    Trunk,
-    combine,
-    leaf_gradients,
-)
+from .guidance import End, Leaves, LossFault, Pull, Trunk, averaged, leaf_gradients
 from .plugin import Guide
 from .presets import Preset
+from .rules import Place, combine
 from .run import Run
 from .stack import Call, Stack
 from .step import Moment, Step
@@ -38,6 +31,8 @@ class Guides:
 
     def active(self, index: int, num_steps: int) -> list[Call]:
         """The guides that act at this step."""
+        if not self.preset.acts_at(index / num_steps):
+            return []
         return [
             call
             for call in self.stack.calls["loss_guidance"]
@@ -45,26 +40,41 @@ class Guides:
             and (not isinstance(call.plugin, Guide) or call.plugin.acts_at(index, num_steps))
         ]
 
-    def end(self, guide: Call) -> End:
+    def ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         own = getattr(getattr(guide.plugin, "settings", None), "gradient", None)
-        return own or self.preset.gradient
+        end = own or self.preset.gradient
+        return ("latents", "x0") if end == "both" else (end,)
 
-    def move(self, moment: Moment, guides: list[Call], trunk: Trunk, pull: Tensor) -> None:
-        """Move the latents, or the prediction, against the guides' gradients.
+    def move(
+        self, moment: Moment, guides: list[Call], trunk: Trunk, place: Place, offsets: list[Tensor]
+    ) -> Tensor | None:
+        """The move against the guides' gradients, see `rules.combine`; None if none answered.
 
         Args:
-            pull: the prompt's own, see `guidance.prompt_pull`.
+            offsets: what is added to x0 for each sample of a loss; empty for x0 itself.
         """
-        pulls = [p for guide in guides if (p := self._pull(moment, guide, trunk)) is not None]
+        trunks, pulls = self._pulls(moment, guides, trunk, offsets)
         if not pulls:
-            return
-        move = combine(trunk, pulls, self.preset, moment.level, pull)
-        if self.preset.applied_to == "latents":
-            moment.latents = moment.latents + move.to(moment.latents.dtype)
-        else:
-            moment.change_x0(moment.x0() + move)
+            return None
+
+        def descend(move: Tensor) -> tuple[list[Trunk], list[Pull]]:
+            to_x0 = [guide for guide in guides if "x0" in self.ends(guide)]
+            return self._pulls(moment, to_x0, trunk.shifted(move), offsets)
+
+        move = combine(trunks, pulls, self.preset, place, descend)
         self.trace += [self._record(moment, p, pulls) for p in pulls]
+        return move
+
+    def _pulls(
+        self, moment: Moment, guides: list[Call], trunk: Trunk, offsets: list[Tensor]
+    ) -> tuple[list[Trunk], list[Pull]]:
+        """Each guide's gradient, over all samples of x0, and the trunks to pull them back."""
+        if not offsets:
+            return [trunk], [p for guide in guides if (p := self._pull(moment, guide, trunk))]
+        trunks = [trunk.shifted(offset) for offset in offsets]
+        sampled = [[self._pull(moment, guide, t) for t in trunks] for guide in guides]
+        return trunks, [averaged([p for p in s if p]) for s in sampled if all(s)]
 
     def _record(self, moment: Moment, own: Pull, pulls: list[Pull]) -> Record:
         cosines = {p.name: own.cosine(p) for p in pulls if p is not own}
@@ -77,6 +87,7 @@ class Guides:
             share=_values(own.share),
             cosine={name: _values(c) for name, c in cosines.items() if c is not None},
             seconds=own.seconds,
+            repeat=moment.repeat,
         )
 
     def _pull(self, moment: Moment, guide: Call, trunk: Trunk) -> Pull | None:
@@ -101,7 +112,7 @@ class Guides:
         return Pull(
             name=guide.name,
             scale=getattr(settings, "scale", 1.0),
-            end=self.end(guide),
+            ends=self.ends(guide),
             loss=loss.detach().reshape(self.run.num_images).float(),
             gradients=gradients,
             seconds=time.perf_counter() - trunk.seconds - start,

@@ -35,6 +35,11 @@ class NoiseLevel:
     out: float
     prediction_type: str
 
+    @property
+    def norm(self) -> float:
+        """What latents of this level are divided by to be variance preserving."""
+        return math.hypot(self.alpha, self.sigma)
+
     def x0(self, latents: Tensor, output: Tensor) -> Tensor:
         """Predicted clean latents, in float32 or finer, from noisy latents and the output."""
         return self.skip * at_least_float32(latents) + self.out * at_least_float32(output)
@@ -46,6 +51,15 @@ class NoiseLevel:
     def eps(self, latents: Tensor, x0: Tensor) -> Tensor:
         """The noise that belongs to this x0: `(latents - alpha * x0) / sigma`."""
         return (latents.to(x0.dtype) - self.alpha * x0) / self.sigma
+
+    def noised(self, cleaner: Tensor, level: NoiseLevel, noise: Tensor) -> Tensor:
+        """Latents of this level from cleaner ones of another `level`, by adding noise.
+
+        The forward process between the two levels: Sohl-Dickstein et al. 2015, arXiv 1503.03585.
+        """
+        ratio = self.alpha / level.alpha
+        added = math.sqrt(max(0.0, self.sigma**2 - (ratio * level.sigma) ** 2))
+        return ratio * cleaner + added * noise.to(cleaner)
 
 
 def noise_level(scheduler: Any, index: int) -> NoiseLevel:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 import tomli_w
 
 from .errors import InputError, PilotfishError, unknown
-from .presets import Preset, find_preset
+from .presets import PRESETS, Preset, find_preset
 
 
 class Options(TypedDict, total=False):
@@ -25,7 +25,7 @@ class Options(TypedDict, total=False):
     steps: int
     guidance_scale: float
     scheduler: Any
-    preset: str | Preset
+    preset: str | Path | Mapping[str, Any] | Preset
     seed: int | None
     num_images: int
     height: int | None
@@ -44,7 +44,8 @@ class Run:
         guidance_scale: classifier-free guidance in diffusers' convention; 1 or less is off.
         scheduler: None for the model's own; a name ("lms"), a diffusers scheduler, or a table with
             `name` and configuration that differs from the model's.
-        preset: how losses become a move (`pilotfish.presets`).
+        preset: how losses become a move: a name, a TOML file, a table of knobs with or without
+            `base`, or a `pilotfish.Preset`.
         seed: of the first image; the next ones have `seed + 1`, ... Drawn where not given.
         num_images: images with the same prompt, run as one batch.
         height, width: in pixels; None for the model's own size.
@@ -65,7 +66,7 @@ class Run:
     steps: int = 50
     guidance_scale: float = 7.5
     scheduler: str | Mapping[str, Any] | None = None
-    preset: str | Preset = "balanced"
+    preset: str | Path | Mapping[str, Any] | Preset = "balanced"
     seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
     num_images: int = 1
     height: int | None = None
@@ -105,13 +106,8 @@ class Run:
         """The run as a file for `pilotfish generate --run`.
 
         Raises:
-            PilotfishError: a plugin or the preset was made in this program and has no name to
-                find it by.
+            PilotfishError: a plugin was made in this program and has no name to find it by.
         """
-        if isinstance(self.preset, Preset):
-            raise PilotfishError(
-                f"preset {self.preset.name!r} is an object; a run file needs a name"
-            )
         for table in self.plugins:
             if not table["use"]:
                 raise PilotfishError(
@@ -123,9 +119,15 @@ class Run:
             "pilotfish": version("pilotfish"),
             "model": self.model_id,
             **{f: getattr(self, f) for f in _FIELDS},
+            "preset": self._preset(),
             "plugins": [_without_none(table) for table in self.plugins],
         }
         return tomli_w.dumps(_without_none(content))
+
+    def _preset(self) -> str | dict[str, Any]:
+        """Its name, or a table of what differs from the one of that name."""
+        preset = find_preset(self.preset)
+        return preset.name if preset == PRESETS.get(preset.name) else preset.changes()
 
     @classmethod
     def parse(cls, text: str, origin: str = "the run file") -> dict[str, Any]:

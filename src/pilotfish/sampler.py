@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 import torch
 from torch import Tensor
 
-from . import guidance, images
-from .errors import ModelError, NonFiniteError, PilotfishError
+from . import images, rules
+from .errors import InputError, ModelError, NonFiniteError, PilotfishError
+from .guidance import Trunk, rms
 from .guides import Guides
-from .noise import noise_level
+from .noise import NoiseLevel, noise_level
 from .presets import find_preset
 from .run import Options, Run
 from .stack import Call, Stack, tensor_problem
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .model import LatentDiffusion
+
+# The host's own draws, under names that no plugin can have: they change nobody else's.
+RECURRENCE, SAMPLES, TURN = "host recurrence", "host samples", "host turn"
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ class Sampling:
             "step" in call.arguments for call in stack.calls["embedding_transform"]
         )
         self._refuse_what_cannot_work()
+        self._strengths = self._schedule()
 
     @torch.no_grad()
     def steps(self) -> Generator[Step]:
@@ -166,18 +172,18 @@ class Sampling:
         try:
             self.stack.notify("setup", self._for_run)
             prompts = self._prompts()
-            conditioning, both = self._condition(prompts)
+            conditioned = self._condition(prompts)
+
+            def condition(moment: Moment) -> tuple[Conditioning, Conditioning]:
+                return self._condition(prompts, moment) if by_step else conditioned
+
+            by_step = self._conditioned_by_step
             latents, first = self._start()
             for index in range(first, self.num_steps):
-                moment = self._moment(index, latents, conditioning)
-                if self._conditioned_by_step:
-                    moment.conditioning, both = self._condition(prompts, moment)
-                moment.latents = self._before_step(moment)
-                active = self.guides.active(index, self.num_steps)
-                with self._networks if active else contextlib.nullcontext():
-                    cond, uncond = self._predict(moment, both, active)
-                    if active:
-                        self._guide(moment, active, cond, uncond)
+                moment = self._predicted(self._moment(index, latents, conditioned[0]), condition)
+                for repeat in range(1, self._repeats(index)):
+                    again = self._moment(index, self._noised_again(moment), conditioned[0], repeat)
+                    moment = self._predicted(again, condition)
                 latents = self._advance(moment)
                 self._check_finite(latents, moment)
                 self.stack.notify("after_step", self._for_step(moment), moment.where)
@@ -214,12 +220,32 @@ class Sampling:
             )
         if reason := self.model.refuse_gradients():
             raise ModelError(f"no gradient can be taken: {reason}")
+        if self.guides.preset.recurrence > 1 and not self._can_repeat():
+            raise InputError(
+                f"preset {self.guides.preset.name!r} takes steps more than once, and "
+                f"{type(self.scheduler).__name__} goes back to latents that it kept from the step "
+                "before: use recurrence=1, or a scheduler such as ddim, euler, euler-ancestral or "
+                "dpmsolver-multistep"
+            )
+
+    def _can_repeat(self) -> bool:
+        """Whether `scheduler.step` starts from the latents that it is given, at every step."""
+        two_stages = self.num_steps != self.run.steps
+        keeps = any(hasattr(self.scheduler, n) for n in ("sample", "last_sample", "cur_sample"))
+        return not (two_stages or keeps)
+
+    def _schedule(self) -> list[float]:
+        """What the preset's strengths are multiplied by at each step."""
+        kind = self.guides.preset.schedule
+        if kind == "constant":
+            return [1.0] * self.num_steps
+        levels = [noise_level(self.scheduler, index) for index in range(self.num_steps)]
+        return rules.schedule(levels, kind)
 
     def _accepted_options(self) -> dict[str, Any]:
         """What `scheduler.step` takes beside the rest; eta = 0 as in StableDiffusionPipeline."""
         accepted = inspect.signature(self.scheduler.step).parameters
-        generators = self.generators if len(self.generators) > 1 else self.generators[0]
-        options = {"eta": 0.0, "generator": generators}
+        options = {"eta": 0.0, "generator": None}
         return {name: value for name, value in options.items() if name in accepted}
 
     def _prompts(self) -> tuple[Prompt, Prompt]:
@@ -279,7 +305,15 @@ class Sampling:
 
     # ---- one step ----
 
-    def _moment(self, index: int, latents: Tensor, conditioning: Conditioning) -> Moment:
+    def _repeats(self, index: int) -> int:
+        """How often the step is taken: noise is put back only where a guide acts."""
+        if not self.guides.active(index, self.num_steps):
+            return 1
+        return self.guides.preset.repeats(index / self.num_steps)
+
+    def _moment(
+        self, index: int, latents: Tensor, conditioning: Conditioning, repeat: int = 0
+    ) -> Moment:
         return Moment(
             run=self.run,
             index=index,
@@ -289,7 +323,45 @@ class Sampling:
             latents=latents,
             conditioning=conditioning,
             generators=self._generators_of,
+            repeat=repeat,
         )
+
+    def _predicted(
+        self,
+        moment: Moment,
+        condition: Callable[[Moment], tuple[Conditioning, Conditioning]],
+    ) -> Moment:
+        """The moment with its prediction, as the guides leave it."""
+        moment.conditioning, both = condition(moment)
+        moment.latents = self._before_step(moment)
+        active = self.guides.active(moment.index, self.num_steps)
+        with self._networks if active else contextlib.nullcontext():
+            cond, uncond = self._predict(moment, both, active)
+            if active:
+                self._guide(moment, active, cond, uncond)
+        return moment
+
+    def _noised_again(self, moment: Moment) -> Tensor:
+        """The latents of a step that is taken once more: "recurrence", "time travel".
+
+        A step of the DDIM formula (Song et al. 2021, arXiv 2010.02502, equation 12, without noise)
+        to the next noise level, then fresh noise back to this one. The scheduler, whose `step`
+        counts and remembers, knows nothing of it.
+        """
+        level, following = moment.level, self._following(moment.index)
+        if moment.output is None:
+            raise ValueError("no prediction to go on from")
+        x0 = level.x0(moment.latents, moment.output)
+        cleaner = following.alpha * x0 + following.sigma * level.eps(moment.latents, x0)
+        cleaner = self._after_step(moment, cleaner)
+        noise = draw(self.shape, self._generators_of(RECURRENCE), self.model.dtype)
+        noised = level.noised(cleaner, following, noise.to(self.model.device))
+        return noised.to(moment.latents.dtype)
+
+    def _following(self, index: int) -> NoiseLevel:
+        """The noise level after step `index`."""
+        last = index + 1 == self.num_steps
+        return rules.CLEAN if last else noise_level(self.scheduler, index + 1)
 
     def _before_step(self, moment: Moment) -> Tensor:
         def arguments(name: str, latents: Tensor) -> dict[str, Any]:
@@ -308,7 +380,7 @@ class Sampling:
 
         With a graph from the latents on if the gradient of an active guide ends there.
         """
-        through = any(self.guides.end(guide) == "latents" for guide in active)
+        through = any("latents" in self.guides.ends(guide) for guide in active)
         with torch.set_grad_enabled(through):
             if through:
                 moment.latents = moment.latents.detach().requires_grad_()
@@ -337,12 +409,35 @@ class Sampling:
     ) -> None:
         """Let the guides move the moment, which keeps no graph."""
         start = moment.latents if moment.latents.requires_grad else None
-        trunk = guidance.Trunk(moment.x0(), self.model.decode, self.model.rgb, start)
+        trunk = Trunk(moment.x0(), self.model.decode, self.model.rgb, start)
         moment.detach()
-        pull = guidance.prompt_pull(
-            moment.level, cond, uncond, self.run.guidance_scale, self.guides.preset.applied_to
+        move = self.guides.move(
+            moment, active, trunk, self._place(moment, cond, uncond), self._offsets(moment)
         )
-        self.guides.move(moment, active, trunk, pull)
+        if move is None:
+            return
+        applied_to = self.guides.preset.applied_to
+        if applied_to == "latents":
+            moment.latents = moment.latents + move.to(moment.latents.dtype)
+        elif applied_to == "prediction":
+            moment.change_x0(moment.x0() + move)
+        else:
+            moment.after_step = move
+
+    def _place(self, moment: Moment, cond: Tensor, uncond: Tensor | None) -> rules.Place:
+        pull = rules.prompt_pull(moment.level, cond, uncond, self.run.guidance_scale)
+        following = self._following(moment.index)
+        return rules.Place(moment.level, following, pull, self._strengths[moment.index])
+
+    def _offsets(self, moment: Moment) -> list[Tensor]:
+        """What is added to x0 for each sample of a loss; nothing where the preset asks for none."""
+        preset = self.guides.preset
+        size = preset.smoothing * moment.level.sigma / moment.level.norm
+        if not size:
+            return []
+        generators, like = self._generators_of(SAMPLES), moment.x0()
+        noise = [draw(self.shape, generators, like.dtype) for _ in range(preset.samples)]
+        return [size * n.to(like.device) for n in noise]
 
     def _network(self, moment: Moment, both: Conditioning) -> tuple[Tensor, Tensor | None]:
         """One call of the network: the prediction for the prompt, and for the negative prompt."""
@@ -371,15 +466,61 @@ class Sampling:
         answer = self.stack.first("advance", self._for_step(moment), moment.where)
         if answer is not None:
             self._pass_over(moment.index)
-            return self._checked(answer, "advance", moment.latents, moment)
-        latents: Tensor = self.scheduler.step(
-            moment.output,
-            moment.timestep,
-            moment.latents,
-            **self._step_options,
-            return_dict=False,
+            return self._after_step(
+                moment, self._checked(answer, "advance", moment.latents, moment)
+            )
+        if self.guides.preset.rule == "sphere" and moment.after_step is not None:
+            return self._turn(moment, moment.after_step)
+        return self._after_step(moment, self._step(moment, self.scheduler, self.generators))
+
+    def _step(self, moment: Moment, scheduler: Any, generators: list[torch.Generator]) -> Tensor:
+        options = dict(self._step_options)
+        if "generator" in options:
+            options["generator"] = generators if len(generators) > 1 else generators[0]
+        latents: Tensor = scheduler.step(
+            moment.output, moment.timestep, moment.latents, **options, return_dict=False
         )[0]
         return latents
+
+    def _after_step(self, moment: Moment, latents: Tensor) -> Tensor:
+        if moment.after_step is None:
+            return latents
+        if self.guides.preset.rule == "sphere":  # taken once more: there is no noise to turn
+            return latents
+        return latents + moment.after_step.to(latents.dtype)
+
+    def _turn(self, moment: Moment, direction: Tensor) -> Tensor:
+        """The scheduler's step with its noise turned towards a direction.
+
+        Which part of a step is noise no scheduler tells, but two steps with different noise do: a
+        copy of the scheduler takes the second.
+        """
+        draws = [[copied(g) for g in self.generators], seeded(self.run, TURN)]
+        noises = [draw(self.shape, d, moment.latents.dtype).to(direction) for d in draws]
+        draws[1] = seeded(self.run, TURN)
+        other = self._step(moment, copy.deepcopy(self.scheduler), draws[1]).to(direction)
+        latents = self._step(moment, self.scheduler, self.generators)
+        deviation = rms(latents - other) / rms(noises[0] - noises[1])
+        noise = deviation * noises[0]
+        if moment.index + 1 < self.num_steps:
+            self._check_noise(moment, latents - noise, other - deviation * noises[1], noise)
+        return rules.turned(latents - noise, noise, deviation, direction).to(latents.dtype)
+
+    def _check_noise(self, moment: Moment, mean: Tensor, same: Tensor, noise: Tensor) -> None:
+        """Refuse a scheduler that draws no noise, or draws it otherwise.
+
+        Raises:
+            InputError: it is such a one.
+        """
+        size = float(mean.abs().max())
+        drawn = float(noise.abs().max()) > 1e-6 * size
+        if drawn and float((mean - same).abs().max()) < 1e-3 * size:
+            return
+        raise InputError(
+            f"preset {self.guides.preset.name!r} turns the noise that each step adds, and "
+            f"{type(self.scheduler).__name__} adds none that can be told from its step; use "
+            "scheduler='euler-ancestral' or 'ddpm'"
+        )
 
     def _pass_over(self, index: int) -> None:
         """Let the scheduler know that step `index` was taken without it.
@@ -461,6 +602,13 @@ def seeded(run: Run, plugin: str) -> list[torch.Generator]:
         digests = (hashlib.sha256(f"{seed}:{plugin}".encode()).digest() for seed in seeds)
         seeds = [int.from_bytes(digest[:8], "little") >> 1 for digest in digests]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def copied(generator: torch.Generator) -> torch.Generator:
+    """A generator that draws the same from here on."""
+    other = torch.Generator()
+    other.set_state(generator.get_state())
+    return other
 
 
 def draw(shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:

@@ -34,6 +34,8 @@ class Moment:
     generators: Callable[[str], list[torch.Generator]]
     output: Tensor | None = None
     known_x0: Tensor | None = None
+    repeat: int = 0  # how often this step has been taken before
+    after_step: Tensor | None = None  # what the guides do to the step's result
     stopped: bool = False
     views: dict[str, Tensor] = field(default_factory=dict)
 

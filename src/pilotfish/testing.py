@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .conformance import CHECKS, PROMPT, Check, Examination, Outcome, Trial
 from .errors import PilotfishError
+from .exact import GaussianModel
 from .guidance import Leaves, Trunk
 from .noise import NoiseLevel
 from .run import Run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKS",
+    "GaussianModel",
     "check_plugin",
     "examine",
     "parametrize_with_checks",

@@ -19,6 +19,7 @@ class Record:
         cosine: by another guide's name, that of the angle between the two gradients, each with the
             sign of its scale: -1 where they pull against each other. Only of guides that read the
             picture in the same form (`x0`, `rgb` or `image`).
+        repeat: how often this step had been taken before, under a preset with recurrence.
         seconds: spent in the guide's own loss and its gradient; building what guides share, such
             as the decoded picture, is counted for nobody.
         error: what went wrong, where `on_error` let the run go on without the guide.
@@ -33,6 +34,7 @@ class Record:
     cosine: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    repeat: int = 0
 
 
 class Trace(list[Record]):

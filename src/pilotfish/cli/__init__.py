@@ -172,7 +172,7 @@ def main() -> None:
 @click.option("--guidance-scale", type=float, help="1 switches it off.  [default: 7.5]")
 @click.option("--scheduler", metavar="NAME", help="lms, ddim, euler ...  [default: the model's]")
 @click.option(
-    "--preset", metavar="NAME", help=f"{', '.join(PRESETS)}: how losses become a move.  "
+    "--preset", metavar="NAME|FILE.toml", help=f"{', '.join(PRESETS)}: how losses become a move.  "
     "[default: balanced]",
 )  # fmt: skip
 @click.option("--num-images", type=int, help="With the same prompt.  [default: 1]")
@@ -197,7 +197,7 @@ def main() -> None:
     "changes",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change one value: plugins.subject.scale=40, steps=20.",
+    help="Change one value: plugins.subject.scale=40, steps=20, or the preset's rho=0.5.",
 )
 @click.option("--save-run", metavar="RUN.toml", help="Write down everything that repeats the run.")
 @click.option("--dry-run", is_flag=True, help="Check and explain the run; load no weights.")

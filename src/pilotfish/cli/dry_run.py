@@ -14,7 +14,7 @@ import torch
 from .. import guidance, model
 from ..noise import NoiseLevel
 from ..plugin import Guide, Plugin
-from ..presets import find_preset
+from ..presets import Preset, find_preset
 from ..run import Run
 from ..sampler import seeded
 from ..stack import Call, Stack
@@ -90,7 +90,7 @@ class Plan:
             ("model", f"{self.model} (not loaded)"),
             ("images", f"{run.num_images}, {size}, seed {run.seed}"),
             ("steps", self._steps()),
-            ("preset", f"{preset.name} (gradient ends at {preset.gradient})"),
+            ("preset", described(preset)),
         ]
         plugins = [f"  {i}. {p.text()}" for i, p in enumerate(self.plugins, 1)]
         stack = "plugins, in order" if plugins else "no plugins: the model alone"
@@ -188,6 +188,20 @@ def compressed(steps: Sequence[int]) -> str:
     return f"{steps[0]}-{steps[-1]}" + (f" every {gap}" if gap > 1 else "")
 
 
+def described(preset: Preset) -> str:
+    """The preset, and what it does that costs time or acts only now and then."""
+    more = [f"gradient ends at {preset.gradient}"]
+    if preset.recurrence > 1:
+        more.append(f"up to {preset.recurrence} UNet calls a step")
+    if preset.samples > 1:
+        more.append(f"{preset.samples} decodes a step")
+    if preset.iterations > 1:
+        more.append(f"{preset.iterations} decodes a step for the descent on x0")
+    if (preset.start, preset.stop) != (0, 1):
+        more.append(f"acts from {preset.start:.0%} to {preset.stop:.0%} of the run")
+    return f"{preset.name} ({'; '.join(more)})"
+
+
 def needs_of(stack: Stack, run: Run, name: str, num_steps: int) -> Needs:
     """What a plugin needs: a guide's loss is tried on random numbers, others are not tried."""
     calls = [c for c in stack.calls["loss_guidance"] if c.name == name]
@@ -195,7 +209,7 @@ def needs_of(stack: Stack, run: Run, name: str, num_steps: int) -> Needs:
         return Needs(decode=None if _sees_steps(stack, name) else False, unet_gradient=False)
     own = getattr(getattr(calls[0].plugin, "settings", None), "gradient", None)
     end = own or find_preset(run.preset).gradient
-    return Needs(reads_image(calls[0], run, num_steps), unet_gradient=end == "latents")
+    return Needs(reads_image(calls[0], run, num_steps), unet_gradient=end != "x0")
 
 
 def _sees_steps(stack: Stack, name: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError, unknown
+from ..presets import KNOBS, find_preset
 from ..registry import Entry, parse_use, parse_value
 from ..run import Options, Run
 from ..stack import by_name
@@ -22,11 +23,14 @@ def compose(
     """The keys of a run: the file's, then `--set`, then the options that were given."""
     content = Run.read(run_file) if run_file is not None else {"plugins": []}
     content["plugins"] = [_table(item) for item in (uses or content["plugins"])]
-    for change in changes:
-        apply(change, content)
     if size := options.pop("size", None):
         options["width"], options["height"] = size
-    return {**content, **{key: value for key, value in options.items() if value is not None}}
+    given = {key: value for key, value in options.items() if value is not None}
+    if "preset" in given:  # before --set, which may change one of its knobs
+        content["preset"] = given.pop("preset")
+    for change in changes:
+        apply(change, content)
+    return {**content, **given}
 
 
 def _table(item: object) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def _table(item: object) -> dict[str, Any]:
 
 
 def apply(change: str, content: dict[str, Any]) -> None:
-    """One `--set`: `steps=20`, or `plugins.NAME.SETTING=VALUE`.
+    """One `--set`: `steps=20`, `plugins.NAME.SETTING=VALUE`, or a knob of the preset: `rho=0.5`.
 
     Raises:
         InputError: it has no `=`, or there is no such key or plugin.
@@ -49,6 +53,9 @@ def apply(change: str, content: dict[str, Any]) -> None:
     key, value = key.strip(), value.strip()
     if not equals:
         raise InputError(f"--set takes KEY=VALUE, such as steps=20; got {change!r}")
+    if key.removeprefix("preset.") in KNOBS:
+        content["preset"] = _changed(content.get("preset", Run.preset), key, value)
+        return
     if not key.startswith("plugins."):
         content[_known_key(key)] = _toml_value(key, value)
         return
@@ -61,10 +68,16 @@ def apply(change: str, content: dict[str, Any]) -> None:
     tables[name][setting] = parse_value(value)
 
 
+def _changed(preset: Any, key: str, text: str) -> dict[str, Any]:
+    """The preset as a table, with one knob changed."""
+    table = preset if isinstance(preset, Mapping) else find_preset(preset).changes()
+    return {**table, key.removeprefix("preset."): _toml_value("", text)}
+
+
 def _known_key(key: str) -> str:
     known = {*Options.__annotations__, "prompt", "model", "dtype"}
     if key not in known:
-        raise unknown("key", key, [*known, "plugins.NAME.SETTING"])
+        raise unknown("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
     return key
 
 

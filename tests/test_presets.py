@@ -1,0 +1,349 @@
+"""Each preset against an independent transcription of its paper's formula, in float64."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from pilotfish import PRESETS, Guide, InputError, Preset, Sampler
+from pilotfish.noise import noise_level
+from pilotfish.presets import find_preset
+from pilotfish.sampler import RECURRENCE, SAMPLES, draw, seeded
+from pilotfish.testing import GaussianModel
+from pilotfish.text import Conditioning
+
+INDEX, STEPS, W, SCALE = 4, 10, 3.0, 0.7  # the step that is guided, inside every preset's window
+
+
+class Smooth(GaussianModel):
+    """A network that is not linear in the latents, and another one for the negative prompt."""
+
+    def condition(self, embeddings):
+        self.asked = not getattr(self, "asked", False)  # the prompt, then the negative prompt
+        return Conditioning(torch.full((1, 1, 1), float(self.asked), dtype=self.dtype))
+
+    def predict(self, latents, timestep, conditioning):
+        eps = super().predict(latents, timestep, conditioning)
+        role = conditioning.values.view(-1, 1, 1, 1)
+        return eps + 0.1 * torch.sin(2 * latents + role) + 0.05 * role * latents.flip(1)
+
+
+class Curved(Guide):
+    def loss_guidance(self, step):
+        return loss(step.x0)
+
+
+def loss(x0):
+    return (x0[:, 0] - 1).square().mean(dim=(1, 2)) + 0.1 * x0.pow(4).mean(dim=(1, 2, 3))
+
+
+class Step:
+    """What a transcription works with: latents, predictions and abar of one step."""
+
+    def __init__(self, preset, scheduler="ddim"):
+        self.model = Smooth()
+        self.run = {"scheduler": scheduler, "steps": STEPS, "seed": 5, "num_images": 2}
+        self.run |= {"guidance_scale": W, "preset": preset}
+        *_, step = itertools.islice(Sampler(self.model).stream(**self.run), INDEX + 1)
+        self.x, self.timestep, self.described = step.latents, step.timestep, step.run
+        level, after = (noise_level(self.model.scheduler, INDEX + i) for i in (0, 1))
+        self.level, self.following = level, after
+        self.a, self.b = level.alpha**2, after.alpha**2  # abar, where latents are VP
+        self.conditioning = self.model.condition([]).cat(self.model.condition([]))
+        self.conditioning = Conditioning(torch.tensor([0.0, 1.0]).double().view(2, 1, 1))
+
+    def predictions(self, x):
+        values = self.conditioning.values.repeat_interleave(len(x), 0)
+        scaled = torch.cat([x, x]) / self.level.norm  # as the scheduler's scale_model_input
+        return self.model.predict(scaled, self.timestep, Conditioning(values)).chunk(2)
+
+    def eps(self, x):
+        uncond, cond = self.predictions(x)
+        return uncond + W * (cond - uncond)
+
+    def x0(self, x, eps=None):
+        return (x - (1 - self.a) ** 0.5 * (self.eps(x) if eps is None else eps)) / self.a**0.5
+
+    def ddim(self, x0, eps):
+        return self.b**0.5 * x0 + (1 - self.b) ** 0.5 * eps
+
+    def gradient(self, function, at):
+        at = at.detach().requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(function(at).sum(), at)[0]
+
+    def correction(self):
+        uncond, cond = self.predictions(self.x)
+        return W * rms(cond - uncond)
+
+    def result(self):
+        """The latents after the guided step, by the engine."""
+        guide = Curved(scale=SCALE, start=INDEX / STEPS, stop=(INDEX + 1) / STEPS)
+        stream = Sampler(Smooth()).stream(plugins=[guide], **self.run)
+        *_, after = itertools.islice(stream, INDEX + 2)
+        return after.latents
+
+
+def rms(tensor):
+    return tensor.pow(2).mean(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+def once(name):
+    return dataclasses.replace(PRESETS[name], recurrence=1)
+
+
+def balanced(s):
+    g = s.gradient(loss, s.x0(s.x))
+    size = SCALE * s.correction() * ((1 - s.a) / s.a) ** 0.5
+    x0 = s.x0(s.x) - size * g / rms(g)
+    return s.ddim(x0, (s.x - s.a**0.5 * x0) / (1 - s.a) ** 0.5)
+
+
+def dps(s):
+    g = s.gradient(lambda x: loss(s.x0(x)).sqrt(), s.x)
+    return s.ddim(s.x0(s.x), s.eps(s.x)) - SCALE * g
+
+
+def lgd(s):
+    generators = seeded(s.described, SAMPLES)
+    noises = [draw(s.x.shape, generators, torch.float64) for _ in range(10)]
+
+    def log_mean_exp(x):
+        losses = torch.stack([loss(s.x0(x) + (1 - s.a) ** 0.5 * n) for n in noises])
+        return -torch.log(torch.exp(-losses).mean(0))
+
+    eps = s.eps(s.x) + SCALE * (1 - s.a) ** 0.5 * s.gradient(log_mean_exp, s.x)
+    return s.ddim(s.x0(s.x, eps), eps)
+
+
+def freedom(s):
+    g = s.gradient(lambda x: loss(s.x0(x)), s.x)
+    return s.ddim(s.x0(s.x), s.eps(s.x)) - SCALE * 0.2 * s.correction() * g / rms(g)
+
+
+def ugd(s):
+    eps = s.eps(s.x) + SCALE * (1 - s.a) ** 0.5 * s.gradient(lambda x: loss(s.x0(x)), s.x)
+    delta = -SCALE * (1 - s.a) / s.a * s.gradient(loss, s.x0(s.x))
+    eps = eps - (s.a / (1 - s.a)) ** 0.5 * delta
+    return s.ddim(s.x0(s.x, eps), eps)
+
+
+def tfg(s):
+    ratios = [float(r) for r in abar_ratios(s)]
+    schedule = ratios[INDEX] * len(ratios) / sum(ratios)
+    delta_t = -SCALE * schedule * s.gradient(lambda x: loss(s.x0(x)), s.x)
+    x0 = s.x0(s.x)
+    for _ in range(4):
+        x0 = x0 - SCALE * schedule * s.gradient(loss, x0)
+    delta_0 = x0 - s.x0(s.x)
+    return s.ddim(s.x0(s.x), s.eps(s.x)) + delta_t / (s.a / s.b) ** 0.5 + s.b**0.5 * delta_0
+
+
+def abar_ratios(s):
+    abar = s.model.scheduler.alphas_cumprod[s.model.scheduler.timesteps].double()
+    return abar / torch.cat([abar[1:], torch.ones(1)])
+
+
+@pytest.mark.parametrize("paper", [balanced, dps, lgd, freedom, ugd, tfg])
+def test_a_step_is_that_of_the_paper(paper):
+    s = Step(once(paper.__name__))
+    expected, result = paper(s), s.result()
+    assert (s.ddim(s.x0(s.x), s.eps(s.x)) - result).abs().max() > 1e-3  # it guides
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["clip-guided", "deep-dive"])
+def test_a_step_of_the_presets_in_sigma_space_is_theirs(name):
+    """Karras' coordinates and Euler's method, as k-diffusion and the talk have it."""
+    s = Step(name, "euler")
+    sigma, down = s.level.sigma, s.following.sigma
+    s.a = 1 / (1 + sigma**2)
+
+    def x0(x):
+        return x - sigma * s.eps(x)
+
+    if name == "clip-guided":
+        denoised = x0(s.x) - SCALE * sigma**2 * s.gradient(lambda x: loss(x0(x)), s.x)
+        expected = s.x + (s.x - denoised) / sigma * (down - sigma)
+    else:
+        moved = s.x - SCALE * sigma**2 * s.gradient(loss, x0(s.x))
+        expected = moved + s.eps(s.x) * (down - sigma)
+    torch.testing.assert_close(s.result(), expected, rtol=1e-6, atol=1e-6)
+
+
+def posterior(s, x0):
+    """DDPM's: the mean (Ho et al. 2020, equation 7), its standard deviation, the drawn noise."""
+    ratio = s.a / s.b
+    mean = s.b**0.5 * (1 - ratio) / (1 - s.a) * x0 + ratio**0.5 * (1 - s.b) / (1 - s.a) * s.x
+    generators = seeded(s.described, "")
+    *_, noise = (draw(s.x.shape, generators, torch.float64) for _ in range(INDEX + 2))
+    return mean, ((1 - s.b) / (1 - s.a) * (1 - ratio)) ** 0.5, noise
+
+
+def test_a_step_of_mpgd_is_that_of_the_papers_code():
+    s = Step("mpgd", "ddpm")
+    g = s.gradient(loss, s.x0(s.x))
+    mean, deviation, noise = posterior(s, s.x0(s.x) - 15 * SCALE * s.correction() * g / rms(g))
+    torch.testing.assert_close(s.result(), mean + deviation * noise, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_dsg_is_that_of_the_paper():
+    s = Step("dsg", "ddpm")
+    g = s.gradient(lambda x: loss(s.x0(x)), s.x)
+    mean, deviation, noise = posterior(s, s.x0(s.x))
+    norm = torch.linalg.vector_norm
+    r = g[0].numel() ** 0.5 * deviation
+    d_star = -r * g / norm(g, dim=(1, 2, 3), keepdim=True)
+    mixed = deviation * noise + 0.1 * SCALE * (d_star - deviation * noise)
+    expected = mean + r * mixed / norm(mixed, dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(s.result(), expected, rtol=1e-5, atol=1e-5)  # DDPM in float32
+
+
+def test_a_step_that_is_taken_twice_puts_noise_back_in_between():
+    s = Step(dataclasses.replace(PRESETS["dps"], recurrence=2))
+    ratio = s.a / s.b
+    noise = draw(s.x.shape, seeded(s.described, RECURRENCE), torch.float64)
+    first = dps(s)
+    s.x = ratio**0.5 * first + (1 - ratio) ** 0.5 * noise
+    torch.testing.assert_close(s.result(), dps(s), rtol=1e-6, atol=1e-6)
+
+
+DETERMINISTIC = [name for name in PRESETS if name not in ("dsg", "lgd")]
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_preset_moves_latents_alike_in_both_families(name):
+    """DDIM is Euler's method in sigma-space: the same x0 after a guided step of either."""
+    seen = []
+    for scheduler in ("ddim", {"name": "euler", "timestep_spacing": "leading"}):
+        s = Step(once(name), scheduler)
+        seen.append((s.x / s.level.norm, s.result() / s.following.norm))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_guide_of_scale_zero_changes_nothing_in_any_preset(sampler, name):
+    run = {"preset": name, "steps": 5, "seed": 1, "scheduler": "euler-ancestral"}
+    plain = sampler("a cat", **run).latents
+    assert torch.equal(sampler("a cat", plugins=[Curved(scale=0)], **run).latents, plain)
+    weak = Curved(scale=1e-4)  # latents of random networks are large, and so are its gradients
+    assert not torch.equal(sampler("a cat", plugins=[weak], **run).latents, plain)
+
+
+@pytest.mark.parametrize("scheduler", ["heun", "kdpm2", "unipc-multistep", "pndm"])
+def test_a_scheduler_that_keeps_latents_is_refused_with_the_reason(sampler, scheduler):
+    run = {"preset": "freedom", "steps": 5, "scheduler": scheduler}
+    with pytest.raises(InputError, match="takes steps more than once, and .* that it kept"):
+        sampler("a cat", plugins=[Curved()], **run)
+    sampler("a cat", seed=0, **run)  # nothing is taken twice without a guide
+
+
+SCHEDULERS = [
+    *("ddim", "ddpm", "euler", "euler-ancestral", "lms", "dpmsolver-multistep", "deis-multistep"),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_other_schedulers_take_a_step_twice_and_count_it_once(sampler, scheduler):
+    preset = {"base": "balanced", "recurrence": 2}
+    run = {"preset": preset, "steps": 5, "scheduler": scheduler, "seed": 0}
+    result = sampler("a cat", plugins=[Curved(start=0.2, stop=0.6)], **run)
+    assert [(r.index, r.repeat) for r in result.trace] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_scheduler_without_noise_is_refused_by_dsg(sampler):
+    with pytest.raises(InputError, match="'dsg' turns the noise .* DDIMScheduler adds none"):
+        sampler("a cat", plugins=[Curved()], preset="dsg", scheduler="ddim", steps=4)
+
+
+def test_inner_iterations_descend_on_x0_without_calling_the_network(sampler):
+    losses = []
+    for iterations in (1, 4):
+        preset = {"base": "tfg", "gradient": "x0", "mu": 1e-3, "iterations": iterations}
+        run = {"preset": preset, "steps": 8, "seed": 0, "scheduler": "ddim"}
+        result = sampler("a cat", plugins=[Curved()], **run)
+        losses.append(float(loss(result.latents)))
+    assert losses[1] < losses[0]
+
+
+def test_what_pulls_against_another_guide_is_projected_out(sampler):
+    class Up(Guide):
+        def loss_guidance(self, step):
+            return -step.x0[:, 0].mean(dim=(1, 2)) - step.x0[:, 1].mean(dim=(1, 2))
+
+    class Down(Guide):
+        def loss_guidance(self, step):
+            return step.x0[:, 0].mean(dim=(1, 2)) - step.x0[:, 1].mean(dim=(1, 2))
+
+    run = {"steps": 6, "seed": 0, "scheduler": "ddim"}
+    projected = {"preset": {"base": "balanced", "combine": "project"}}
+    for stack in ([Up()], [Up(), Up()]):  # no conflict: nothing is projected
+        plain, same = (sampler("a cat", plugins=stack, **run, **o).latents for o in ({}, projected))
+        torch.testing.assert_close(same, plain)
+    opposed = [Up(), Up(scale=-1.0)]
+    gone = sampler("a cat", plugins=opposed, **run, **projected).latents
+    torch.testing.assert_close(gone, sampler("a cat", **run).latents, rtol=1e-4, atol=1e-4)
+    # The channel they fight over is left alone, the one they share is moved by both.
+    first = {"steps": 1, "guidance_scale": 1, **run}
+    moved = next(sampler.stream("a cat", plugins=[Up(), Down()], **first, **projected)).x0
+    moved = moved - next(sampler.stream("a cat", **first)).x0
+    assert moved[:, 0].abs().max() < 1e-6 < moved[:, 1].min()
+
+
+def test_trust_bounds_the_move_by_the_prompts_pull(sampler):
+    run = {"steps": 4, "seed": 0, "scheduler": "ddim"}
+
+    def moved(scale, trust):
+        preset = {"base": "balanced", "trust": trust} if trust else "balanced"
+        step = next(sampler.stream("a cat", plugins=[Curved(scale=scale)], preset=preset, **run))
+        return step.x0 - next(sampler.stream("a cat", **run)).x0
+
+    torch.testing.assert_close(moved(3.0, 0.5), moved(0.5, None))
+    torch.testing.assert_close(moved(0.2, 0.5), moved(0.2, None))
+
+
+def test_a_presets_window_is_within_the_guides_own(sampler):
+    preset = {"base": "balanced", "start": 0.25, "stop": 0.75}
+    result = sampler("a cat", plugins=[Curved(stop=0.5)], preset=preset, steps=8, seed=0)
+    assert [r.index for r in result.trace] == [2, 3]
+
+
+def test_a_knob_can_be_changed_alone_and_comes_back_from_a_run_file(sampler):
+    changed = find_preset({"base": "tfg", "rho": 0.5})
+    assert changed == dataclasses.replace(PRESETS["tfg"], rho=0.5)
+    assert changed.changes() == {"base": "tfg", "rho": 0.5}
+    assert find_preset(changed.changes()) == changed
+    own = dataclasses.replace(changed, name="mine", trust=2.0)
+    assert find_preset(own.changes()) == own
+
+
+def test_a_file_is_a_preset(tmp_path):
+    path = tmp_path / "soft.toml"
+    path.write_text('base = "balanced"\nmu = 0.5\n')
+    assert find_preset(str(path)) == dataclasses.replace(PRESETS["balanced"], name="soft", mu=0.5)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("tgf", "no preset called 'tgf'. Did you mean 'tfg'"),
+        ({"base": "tfg", "rh": 1}, "no knob called 'rh'. Did you mean 'rho'"),
+        ({"base": "tfg", "rho": -1}, "rho must be greater than or equal to 0; got -1"),
+        ({"rule": "rms"}, "gradient must be given, or `base`, the name of a preset"),
+        ({"base": "dps", "rule": "sphere", "gradient": "x0"}, "'sphere' turns the noise"),
+        ({"base": "dps", "samples": 3}, "need smoothing > 0"),
+        ("none.toml", "cannot read the preset file none.toml"),
+        (3, "preset must be a name, a table or a Preset; got 3"),
+    ],
+)
+def test_a_wrong_preset_says_what_is_wrong(table, message):
+    with pytest.raises(InputError, match=message):
+        find_preset(table)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_every_preset_names_its_source(preset):
+    assert isinstance(preset, Preset)
+    assert preset.source == "" or len(preset.source) > 20
