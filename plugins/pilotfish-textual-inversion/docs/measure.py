@@ -33,13 +33,13 @@ PLAN = Plan(
     token="<ink>",
     init="blue pencil sketch",
     vectors=6,
-    steps=800,
+    steps=1600,
     batch=8,
     learning_rate=0.15,
-    every=800,
+    every=1600,
 )
 PROMPTS = 64
-GUIDANCE = 4  # as in all scores of the model
+GUIDANCE = 6  # a learned word is weaker than those of the training
 
 
 def lesson(folder: Path) -> list[Path]:
