@@ -31,7 +31,10 @@ ALLOWED = {
     "torchvision_fakes": set(),
     "model": {"noise", "registry", "text", "torchvision_fakes"},
     "step": {"guidance", "images", "noise", "run", "text"},
-    "guides": {"guidance", "plugin", "presets", "rules", "run", "stack", "step", "trace"},
+    "regions": set(),
+    "guides": {
+        *("guidance", "plugin", "presets", "regions", "rules", "run", "stack", "step", "trace"),
+    },
     "sampler": {
         *("guidance", "guides", "images", "noise", "presets", "rules", "run", "stack", "step"),
         *("text", "trace"),

@@ -119,6 +119,7 @@ class Pull:
         ends: where its gradient ends.
         loss: (B,).
         gradients: its own gradient at each leaf that it read, unweighted.
+        area: the part of the picture that it acts in, 0 to 1.
         share: (B,), its part of the step's move, set by `sum_at_x0`; the parts add up to 1 when
             `share_out` is done.
     """
@@ -128,6 +129,7 @@ class Pull:
     ends: tuple[End, ...]
     loss: Tensor
     gradients: dict[Leaf, Tensor]
+    area: float = 1.0
     seconds: float = 0.0
     share: Tensor = field(default_factory=lambda: torch.zeros(0))
 
@@ -154,8 +156,8 @@ class Pull:
         return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
 
     def unit(self) -> Tensor:
-        """What makes the gradient's root mean square 1 over all its leaves, (B,)."""
-        count = sum(g[0].numel() for g in self.gradients.values())
+        """What makes the gradient's root mean square 1 where it acts, over all its leaves, (B,)."""
+        count = self.area * sum(g[0].numel() for g in self.gradients.values())
         return inverse(self.norm / count**0.5)
 
 
@@ -175,7 +177,7 @@ def averaged(samples: Sequence[Pull]) -> Pull:
     loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
     first = samples[0]
     seconds = sum(pull.seconds for pull in samples)
-    return Pull(first.name, first.scale, first.ends, loss, gradients, seconds)
+    return Pull(first.name, first.scale, first.ends, loss, gradients, first.area, seconds)
 
 
 def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, Tensor]:

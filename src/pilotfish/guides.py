@@ -12,6 +12,7 @@ from .errors import PluginError
 from .guidance import End, Leaves, LossFault, Pull, Trunk, averaged, leaf_gradients
 from .plugin import Guide
 from .presets import Preset
+from .regions import Region
 from .rules import Place, combine
 from .run import Run
 from .stack import Call, Stack
@@ -28,6 +29,13 @@ class Guides:
     preset: Preset
     trace: Trace
     disabled: set[str] = field(default_factory=set)
+    regions: dict[str, Region] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for call in self.stack.calls["loss_guidance"]:
+            if isinstance(call.plugin, Guide) and call.plugin.settings.mask is not None:
+                settings, owner = call.plugin.settings, self.stack.label(call.name)
+                self.regions[call.name] = Region(owner, settings.mask, settings.soft_edge)
 
     def active(self, index: int, num_steps: int) -> list[Call]:
         """The guides that act at this step."""
@@ -109,12 +117,18 @@ class Guides:
             self._tolerate(error, moment, guide.name)
             return None
         settings = getattr(guide.plugin, "settings", None)
+        area = 1.0
+        if region := self.regions.get(guide.name):
+            masks = {leaf: region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
+            gradients = {leaf: g * masks[leaf] for leaf, g in gradients.items()}
+            area = region.area
         return Pull(
             name=guide.name,
             scale=getattr(settings, "scale", 1.0),
             ends=self.ends(guide),
             loss=loss.detach().reshape(self.run.num_images).float(),
             gradients=gradients,
+            area=area,
             seconds=time.perf_counter() - trunk.seconds - start,
         )
 

@@ -1,0 +1,100 @@
+"""A guide can act in a part of the picture: a box, or a mask."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pilotfish import Guide, SettingsError
+from pilotfish.regions import Region
+
+
+class Dark(Guide):
+    def loss_guidance(self, step):
+        return step.x0.square().mean(dim=(1, 2, 3))
+
+
+def moved(sampler, **settings):
+    """By how much x0 moves in one step, (4, 4) pixels of 8."""
+    run = {"steps": 1, "seed": 0, "scheduler": "ddim"}
+    guided = next(sampler.stream("a cat", plugins=[Dark(**settings)], **run)).x0
+    return (guided - next(sampler.stream("a cat", **run)).x0).abs().sum(dim=(0, 1))
+
+
+def test_a_guide_moves_nothing_outside_its_box(sampler):
+    move = moved(sampler, mask=(0, 0, 0.5, 1), soft_edge=0)
+    width = move.shape[-1] // 2
+    assert move[:, :width].min() > 0
+    assert move[:, width:].max() < 1e-6 * move.max()  # rounding of x0 alone
+
+
+def test_the_whole_picture_as_a_box_changes_nothing(latents_of):
+    whole = latents_of(Dark(mask=(0, 0, 1, 1)))
+    torch.testing.assert_close(whole, latents_of(Dark()), rtol=1e-5, atol=1e-5)
+
+
+def test_inside_its_box_a_guide_pulls_as_strongly_as_on_the_whole_picture(sampler):
+    def size(box):
+        move = moved(sampler, mask=box, soft_edge=0)
+        return float(move[move > 1e-6 * move.max()].square().mean().sqrt())
+
+    assert size((0, 0, 1, 1)) == pytest.approx(size((0.25, 0.25, 0.75, 0.75)), rel=0.3)
+
+
+def test_two_guides_in_two_halves_do_what_each_does_alone(sampler):
+    run = {"steps": 1, "seed": 0, "scheduler": "ddim"}
+    left, right = Dark(mask=(0, 0, 0.5, 1), soft_edge=0), Dark(mask=(0.5, 0, 1, 1), soft_edge=0)
+
+    def x0(*plugins):
+        return next(sampler.stream("a cat", plugins=plugins, **run)).x0
+
+    half = x0().shape[-1] // 2
+    both, one, other = x0(left, right), x0(left), x0(right)
+    # Each of two guides on one leaf keeps its own size there.
+    torch.testing.assert_close(both[..., :half], one[..., :half], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[..., half:], other[..., half:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_picture_is_a_mask_white_where_the_guide_acts(sampler, tmp_path):
+    pixels = np.zeros((40, 60), np.uint8)
+    pixels[:, :30] = 255
+    Image.fromarray(pixels).save(tmp_path / "left.png")
+    box = moved(sampler, mask=(0, 0, 0.5, 1), soft_edge=0)
+    torch.testing.assert_close(moved(sampler, mask=tmp_path / "left.png", soft_edge=0), box)
+
+
+def test_soft_edges_fade_over_the_edge_and_not_at_the_pictures_own_border():
+    def profile(soft):
+        return Region("a guide", (0, 0, 0.5, 1), soft).of((1, 64))[0, 0, 0]
+
+    hard, soft = profile(0.0), profile(0.2)
+    assert hard.unique().tolist() == [0, 1]
+    assert soft[0] == 1 and soft[-1] == 0 and soft[31:33].mean() == pytest.approx(0.5, abs=0.02)
+    assert (soft.diff() <= 0).all()
+    assert 6 < ((soft > 0.02) & (soft < 0.98)).sum() < 30
+
+
+def test_a_box_can_be_written_on_the_command_line(sampler):
+    table = sampler("a cat", plugins=["blue:mask=[0, 0, 0.5, 1]"], steps=1).run.plugins[0]
+    assert list(table["mask"]) == [0, 0, 0.5, 1]
+
+
+def test_a_mask_comes_back_from_a_run_file(sampler):
+    guide = {"use": "blue", "mask": [0.0, 0.0, 0.5, 1.0]}
+    run = sampler("a cat", plugins=[guide], steps=1, seed=0).run
+    assert list(run.plugins[0]["mask"]) == guide["mask"]
+    assert "mask = [" in run.to_toml()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ((0, 0, 2, 1), r"Dark: mask must be a picture file, or \[left, top.*; got \(0, 0, 2, 1\)"),
+        ([0, 1], "mask must be a picture file, or"),
+        ((0.5, 0, 0.2, 1), r"plugin 'Dark': mask must have white in it.*\[left, top, right"),
+        ("none.png", "plugin 'Dark': mask must be a picture that Pillow can read; got 'none.png'"),
+    ],
+)
+def test_a_wrong_mask_says_what_is_wrong(sampler, mask, message):
+    with pytest.raises(SettingsError, match=message):
+        sampler("a cat", plugins=[Dark(mask=mask)], steps=1)
