@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
+# A worker for each core, with one thread each: small networks hardly gain from a second thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 PROJECTS := pyproject.toml $(addsuffix pyproject.toml,$(PLUGINS))
 
 .PHONY: demo test fast lint setup
@@ -10,10 +12,10 @@ demo: setup
 	$(BIN)/python examples/campfire.py
 
 test: setup lint
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 fast: setup
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 lint: setup
 	$(BIN)/ruff check .
