@@ -121,7 +121,8 @@ def test_a_stack_of_five_plugins_runs_on_the_emoji_model(stack, tmp_path):
     sampler = pilotfish.load()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = sampler("a <ink> of a fox on a gray background", plugins=plugins, steps=10, seed=1)
+        prompt, run = "a <ink> of a fox on a gray background", {"steps": 10, "seed": 1}
+        result = sampler(prompt, plugins=plugins, num_images=4, **run)
     assert result.trace.plugins == ["clip", "palette", "classifier"]
     for name in result.trace.plugins:
         losses = result.trace.losses(name)
