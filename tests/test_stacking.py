@@ -1,5 +1,8 @@
 """All installed plugins side by side: each pair on random weights, a stack on the emoji model."""
 
+import ast
+import re
+import tomllib
 import warnings
 from itertools import combinations
 
@@ -11,7 +14,9 @@ from safetensors.torch import save_file
 
 import pilotfish
 from pilotfish import Guide
+from pilotfish.cli import listing
 from pilotfish.registry import installed, load_class
+from pilotfish.stack import Stack
 
 PROMPT = "a <ink> of a puppy and a skunk"
 NAMES = sorted(installed())
@@ -130,3 +135,15 @@ def test_a_stack_of_five_plugins_runs_on_the_emoji_model(stack, tmp_path):
     last = result.trace[-1]
     assert last.cosine.keys() == {"clip", "palette"}
     assert result.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_show_prints_of_an_installed_plugin_can_be_pasted(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file({"<ink>": torch.zeros(16)}, "ink.safetensors")
+    block = listing.paste_block(name, load_class(name))
+    (table,) = tomllib.loads(block[block.index("[[plugins]]") :])["plugins"]
+    item = re.search(r"plugins=\[(.*)\]", block)
+    written, made = Stack([ast.literal_eval(item[1])]).tables(), Stack([table]).tables()
+    assert written == made
+    assert made[0].keys() >= table.keys()

@@ -176,26 +176,28 @@ def paste_block(use: str, plugin: type[Any]) -> str:
     item = f"{use}:{on_line}" if settings else use
     text = f'"{item}"' if '"' not in item else repr(item)
     call = f'result = sampler("a campfire", plugins=[{text}])'
-    table = "[[plugins]]\n" + tomli_w.dumps({"use": use, **settings}).strip()
+    table = tomli_w.dumps({"use": use, **settings}).strip().replace("\n[", "\n[plugins.")
     return "\n\n".join(
         "\n".join(f"  {line}".rstrip() for line in (f"# {where}", *text.splitlines()))
         for where, text in (
             ("on the command line", f'pilotfish generate "a campfire" --use {shlex.quote(item)}'),
             ("in Python", f"import pilotfish\nsampler = pilotfish.load()\n{call}"),
-            ("in a run file", table),
+            ("in a run file", f"[[plugins]]\n{table}"),
         )
     )
 
 
 def example_settings(plugin: type[Any]) -> dict[str, Any]:
-    """What must be given, with an example, and a guide's scale.
+    """What must be given, or has `examples=[...]` of its own, with an example; a guide's scale.
 
-    A setting's own `examples=[...]` come first; else there is a stand-in of its type.
+    A setting that must be given and has none gets a stand-in of its type.
     """
     shown = {}
     for name, field in _fields(plugin).items():
-        if field.is_required():
-            shown[name] = field.examples[0] if field.examples else _stand_in(field)
+        if field.examples:
+            shown[name] = field.examples[0]
+        elif field.is_required():
+            shown[name] = _stand_in(field)
     if issubclass(plugin, Guide):
         shown["scale"] = plugin.Settings.model_fields["scale"].default
     return shown

@@ -46,7 +46,9 @@ class Blend(Plugin):
     """
 
     class Settings(Plugin.Settings):
-        prompts: dict[str, Weight] = Setting({}, description="prompts and their weights")
+        prompts: dict[str, Weight] = Setting(
+            {}, description="prompts and their weights", examples=[{"a skunk": 0.5}]
+        )
         mode: Literal["lerp", "slerp"] = Setting(
             "lerp", description="mean on the straight line, or of directions on the sphere"
         )

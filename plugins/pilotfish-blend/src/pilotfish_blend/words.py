@@ -141,8 +141,12 @@ class TokenBlend(Words):
     kind = "token-blend"
 
     class Settings(Plugin.Settings):
-        word: str = Setting("", description="the word of the prompt, wherever it stands")
-        mix: dict[str, Weight] = Setting({}, description="words and their weights")
+        word: str = Setting(
+            "", description="the word of the prompt, wherever it stands", examples=["campfire"]
+        )
+        mix: dict[str, Weight] = Setting(
+            {}, description="words and their weights", examples=[{"castle": 0.5}]
+        )
 
         @field_validator("mix")
         @classmethod
@@ -165,8 +169,12 @@ class TokenSwap(Words):
     kind = "token-swap"
 
     class Settings(Plugin.Settings):
-        word: str = Setting("", description="the word of the prompt, wherever it stands")
-        by: str = Setting("", description="the word whose embedding takes its place")
+        word: str = Setting(
+            "", description="the word of the prompt, wherever it stands", examples=["campfire"]
+        )
+        by: str = Setting(
+            "", description="the word whose embedding takes its place", examples=["castle"]
+        )
 
         @field_validator("by")
         @classmethod

@@ -31,7 +31,9 @@ class Clip(Guide):
 
     class Settings(Guide.Settings):
         text: dict[str, float] | None = Setting(
-            None, description="a text, a list of texts, or a table of texts and weights"
+            None,
+            description="a text, a list of texts, or a table of texts and weights",
+            examples=["a watercolor"],
         )
         image: Path | None = Setting(None, description="instead of text: a picture file")
         model: str | None = Setting(

@@ -53,7 +53,9 @@ class Palette(Guide):
 
     class Settings(Guide.Settings):
         colors: list[str] | None = Setting(
-            None, description="hex colours such as '#fa0', a list or one string"
+            None,
+            description="hex colours such as '#fa0', a list or one string",
+            examples=[["#035", "#fa0"]],
         )
         count: int = Setting(5, ge=1, le=16, description="how many colours to take from `image`")
         image: Path | None = Setting(None, description="instead of colors: a picture to take from")

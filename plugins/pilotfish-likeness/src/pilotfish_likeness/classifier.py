@@ -29,7 +29,9 @@ class Classifier(Guide):
     """
 
     class Settings(Guide.Settings):
-        label: int | str = Setting(description="a class of the classifier, by name or index")
+        label: int | str = Setting(
+            description="a class of the classifier, by name or index", examples=["fox"]
+        )
         model: str | Callable[..., Any] | None = Setting(
             None,
             description="a folder or hub id for transformers, 'timm:NAME', or in Python a "

@@ -35,7 +35,7 @@ class Reference(Guide):
     """
 
     class Settings(Guide.Settings):
-        image: Path = Setting(description="a picture file to look like")
+        image: Path = Setting(description="a picture file to look like", examples=["picture.png"])
         space: Literal["latent", "image"] = Setting(
             "latent", description="compare the predicted clean latents, or their decoded pixels"
         )
