@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pilotfish import Guide, Sampler
-from pilotfish.model import schedulers
+from pilotfish.schedulers import available
 from pilotfish.testing import random_pipeline
 
-SCHEDULERS = sorted(schedulers())
+SCHEDULERS = sorted(available())
 
 
 class Red(Guide):

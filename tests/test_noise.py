@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from pilotfish.model import schedulers
 from pilotfish.noise import NoiseLevel, noise_level
+from pilotfish.schedulers import available
 
-SCHEDULERS = {n: c for n, c in schedulers().items() if n != "edm-euler"}
+SCHEDULERS = {n: c for n, c in available().items() if n != "edm-euler"}
 TYPES = ["epsilon", "v_prediction", "sample"]
 
 

@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 
-from pilotfish import PRESETS, Guide, InputError, Preset, Sampler
+from pilotfish import PRESETS, Guide, InputError, Preset, Sampler, draw
+from pilotfish.generators import seeded
+from pilotfish.guides import RECURRENCE, SAMPLES
 from pilotfish.noise import noise_level
 from pilotfish.presets import find_preset
-from pilotfish.sampler import RECURRENCE, SAMPLES, draw, seeded
 from pilotfish.testing import GaussianModel
 from pilotfish.text import Conditioning
 

@@ -17,8 +17,9 @@ from .plugin import Guide, Plugin, Setting, guide
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
+    from .generators import draw
     from .run import Run
-    from .sampler import Result, Sampler, Stream, draw
+    from .sampler import Result, Sampler, Stream
     from .step import Step
     from .text import Embedding
     from .torchvision_fakes import mend_torchvision
@@ -61,7 +62,7 @@ _LAZY = {
     "Step": "step",
     "Stream": "sampler",
     "Trace": "trace",
-    "draw": "sampler",
+    "draw": "generators",
     "mend_torchvision": "torchvision_fakes",
 }
 
@@ -80,10 +81,10 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
         InputError: the model, its folder or the dtype does not exist.
         ModelError: the model cannot be loaded, or is not Stable Diffusion 1.x or 2.x.
     """
-    from . import model as networks
+    from . import loading
     from .sampler import Sampler
 
-    return Sampler(networks.load(model, device=device, dtype=dtype, **options))
+    return Sampler(loading.load(model, device=device, dtype=dtype, **options))
 
 
 def __getattr__(name: str) -> Any:

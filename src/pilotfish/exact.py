@@ -31,11 +31,11 @@ class GaussianModel:
 
     def new_scheduler(self, spec: Any) -> Any:
         """A scheduler by short name, or a table with `name` and configuration."""
-        from .model import schedulers  # needs diffusers
+        from . import schedulers  # needs diffusers
 
         options = {"name": spec} if isinstance(spec, str) else dict(spec)
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        kind = schedulers()[options.pop("name")]
+        kind = schedulers.available()[options.pop("name")]
         if "clip_sample" in inspect.signature(kind).parameters:
             options.setdefault("clip_sample", False)
         self.scheduler = kind(**betas, **options)

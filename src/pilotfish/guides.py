@@ -3,50 +3,84 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .errors import PluginError
+from . import rules
+from .errors import InputError, ModelError, PluginError
+from .generators import Generators, draw
 from .guidance import End, Leaves, LossFault, Pull, Trunk, averaged, leaf_gradients
 from .plugin import Guide
-from .presets import Preset
+from .presets import find_preset
 from .regions import Region
-from .rules import Place, combine
 from .run import Run
+from .schedule import Schedule
 from .stack import Call, Stack
 from .step import Moment, Step
 from .trace import Record, Trace
 
+# The host's own draws, under names that no plugin can have: they change nobody else's.
+RECURRENCE, SAMPLES = "host recurrence", "host samples"
 
-@dataclass
+
 class Guides:
-    """All guides of a run; what they did goes into the trace."""
+    """All guides of a run; what they did goes into the trace.
 
-    stack: Stack
-    run: Run
-    preset: Preset
-    trace: Trace
-    disabled: set[str] = field(default_factory=set)
-    regions: dict[str, Region] = field(default_factory=dict)
+    Raises:
+        InputError: a guide's mask cannot be read, or the preset does not fit the scheduler.
+        ModelError: no gradient can be taken here.
+    """
 
-    def __post_init__(self) -> None:
-        for call in self.stack.calls["loss_guidance"]:
+    def __init__(
+        self, run: Run, stack: Stack, schedule: Schedule, generators: Generators, trace: Trace
+    ) -> None:
+        self.preset = find_preset(run.preset)
+        self._run, self._stack, self._trace = run, stack, trace
+        self._schedule, self._generators = schedule, generators
+        self._disabled: set[str] = set()
+        self._regions: dict[str, Region] = {}
+        for call in stack.calls["loss_guidance"]:
             if isinstance(call.plugin, Guide) and call.plugin.settings.mask is not None:
-                settings, owner = call.plugin.settings, self.stack.label(call.name)
-                self.regions[call.name] = Region(owner, settings.mask, settings.soft_edge)
+                settings, owner = call.plugin.settings, stack.label(call.name)
+                self._regions[call.name] = Region(owner, settings.mask, settings.soft_edge)
+        if stack.calls["loss_guidance"]:
+            self._refuse_what_cannot_work()
+        self._strengths = schedule.strengths(self.preset.schedule)
 
-    def active(self, index: int, num_steps: int) -> list[Call]:
+    def _refuse_what_cannot_work(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ModelError(
+                "guides need gradients, and torch.inference_mode() allows none; "
+                "call the sampler outside of it (it switches gradients off by itself)"
+            )
+        if reason := self._run.model.refuse_gradients():
+            raise ModelError(f"no gradient can be taken: {reason}")
+        if self.preset.recurrence > 1 and not self._schedule.can_repeat():
+            raise InputError(
+                f"preset {self.preset.name!r} takes steps more than once, and "
+                f"{self._schedule.name} goes back to latents that it kept from the step "
+                "before: use recurrence=1, or a scheduler such as ddim, euler, euler-ancestral or "
+                "dpmsolver-multistep"
+            )
+
+    def active(self, index: int) -> list[Call]:
         """The guides that act at this step."""
+        num_steps = self._schedule.num_steps
         if not self.preset.acts_at(index / num_steps):
             return []
         return [
             call
-            for call in self.stack.calls["loss_guidance"]
-            if call.name not in self.disabled
+            for call in self._stack.calls["loss_guidance"]
+            if call.name not in self._disabled
             and (not isinstance(call.plugin, Guide) or call.plugin.acts_at(index, num_steps))
         ]
+
+    def repeats(self, index: int) -> int:
+        """How often the step is taken: noise is put back only where a guide acts."""
+        if not self.active(index):
+            return 1
+        return self.preset.repeats(index / self._schedule.num_steps)
 
     def ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
@@ -54,14 +88,59 @@ class Guides:
         end = own or self.preset.gradient
         return ("latents", "x0") if end == "both" else (end,)
 
-    def move(
-        self, moment: Moment, guides: list[Call], trunk: Trunk, place: Place, offsets: list[Tensor]
-    ) -> Tensor | None:
-        """The move against the guides' gradients, see `rules.combine`; None if none answered.
+    def guide(
+        self, moment: Moment, guides: list[Call], cond: Tensor, uncond: Tensor | None
+    ) -> None:
+        """Let the active guides move the moment, which keeps no graph.
 
         Args:
-            offsets: what is added to x0 for each sample of a loss; empty for x0 itself.
+            cond, uncond: the network's two predictions.
         """
+        start = moment.latents if moment.latents.requires_grad else None
+        model = self._run.model
+        trunk = Trunk(moment.x0(), model.decode, model.rgb, start)
+        moment.detach()
+        pull = rules.prompt_pull(moment.level, cond, uncond, self._run.guidance_scale)
+        following, strength = self._schedule.following(moment.index), self._strengths[moment.index]
+        place = rules.Place(moment.level, following, pull, strength)
+        move = self._move(moment, guides, trunk, place)
+        if move is None:
+            return
+        if self.preset.applied_to == "latents":
+            moment.latents = moment.latents + move.to(moment.latents.dtype)
+        elif self.preset.applied_to == "prediction":
+            moment.change_x0(moment.x0() + move)
+        else:
+            moment.after_step = move
+
+    def after_step(self, moment: Moment, latents: Tensor) -> Tensor:
+        """The step's result, moved where the preset says so."""
+        if moment.after_step is None or self.preset.rule == "sphere":
+            return latents
+        return latents + moment.after_step.to(latents.dtype)
+
+    def noised_again(self, moment: Moment) -> Tensor:
+        """The latents of a step that is taken once more: "recurrence", "time travel".
+
+        A step of the DDIM formula (Song et al. 2021, arXiv 2010.02502, equation 12, without noise)
+        to the next noise level, then fresh noise back to this one. The scheduler, whose `step`
+        counts and remembers, knows nothing of it.
+        """
+        level, following = moment.level, self._schedule.following(moment.index)
+        if moment.output is None:
+            raise ValueError("no prediction to go on from")
+        x0 = level.x0(moment.latents, moment.output)
+        cleaner = following.alpha * x0 + following.sigma * level.eps(moment.latents, x0)
+        cleaner = self.after_step(moment, cleaner)
+        latents, model = moment.latents, self._run.model
+        noise = draw(latents.shape, self._generators.of(RECURRENCE), model.dtype)
+        return level.noised(cleaner, following, noise.to(model.device)).to(latents.dtype)
+
+    def _move(
+        self, moment: Moment, guides: list[Call], trunk: Trunk, place: rules.Place
+    ) -> Tensor | None:
+        """The move against the guides' gradients, see `rules.combine`; None if none answered."""
+        offsets = self._offsets(moment)
         trunks, pulls = self._pulls(moment, guides, trunk, offsets)
         if not pulls:
             return None
@@ -70,9 +149,18 @@ class Guides:
             to_x0 = [guide for guide in guides if "x0" in self.ends(guide)]
             return self._pulls(moment, to_x0, trunk.shifted(move), offsets)
 
-        move = combine(trunks, pulls, self.preset, place, descend)
-        self.trace += [self._record(moment, p, pulls) for p in pulls]
+        move = rules.combine(trunks, pulls, self.preset, place, descend)
+        self._trace += [self._record(moment, p, pulls) for p in pulls]
         return move
+
+    def _offsets(self, moment: Moment) -> list[Tensor]:
+        """What is added to x0 for each sample of a loss; nothing where the preset asks for none."""
+        size = self.preset.smoothing * moment.level.sigma / moment.level.norm
+        if not size:
+            return []
+        generators, like = self._generators.of(SAMPLES), moment.x0()
+        noise = [draw(like.shape, generators, like.dtype) for _ in range(self.preset.samples)]
+        return [size * n.to(like.device) for n in noise]
 
     def _pulls(
         self, moment: Moment, guides: list[Call], trunk: Trunk, offsets: list[Tensor]
@@ -104,21 +192,21 @@ class Guides:
         start = time.perf_counter() - trunk.seconds
         try:
             with torch.enable_grad():
-                loss = self.stack.call(
+                loss = self._stack.call(
                     guide, {"step": Step(moment, guide.name, leaves)}, moment.where
                 )
                 if loss is None:
                     return None
                 try:
-                    gradients = leaf_gradients(loss, leaves, self.run.num_images)
+                    gradients = leaf_gradients(loss, leaves, self._run.num_images)
                 except LossFault as fault:
-                    self.stack.blame(guide.name, guide.hook, str(fault), moment.where)
+                    self._stack.blame(guide.name, guide.hook, str(fault), moment.where)
         except PluginError as error:
             self._tolerate(error, moment, guide.name)
             return None
         settings = getattr(guide.plugin, "settings", None)
         area = 1.0
-        if region := self.regions.get(guide.name):
+        if region := self._regions.get(guide.name):
             masks = {leaf: region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
             gradients = {leaf: g * masks[leaf] for leaf, g in gradients.items()}
             area = region.area
@@ -126,7 +214,7 @@ class Guides:
             name=guide.name,
             scale=getattr(settings, "scale", 1.0),
             ends=self.ends(guide),
-            loss=loss.detach().reshape(self.run.num_images).float(),
+            loss=loss.detach().reshape(self._run.num_images).float(),
             gradients=gradients,
             area=area,
             seconds=time.perf_counter() - trunk.seconds - start,
@@ -134,11 +222,11 @@ class Guides:
 
     def _tolerate(self, error: PluginError, moment: Moment, name: str) -> None:
         """Raise, or write the guide's failure into the trace and go on without it."""
-        if self.run.on_error == "raise":
+        if self._run.on_error == "raise":
             raise error
-        if self.run.on_error == "disable":
-            self.disabled.add(name)
-        self.trace.append(Record(moment.index, moment.level.sigma, name, error=str(error)))
+        if self._run.on_error == "disable":
+            self._disabled.add(name)
+        self._trace.append(Record(moment.index, moment.level.sigma, name, error=str(error)))
 
 
 def _values(tensor: Tensor) -> tuple[float, ...]:

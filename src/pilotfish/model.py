@@ -1,4 +1,4 @@
-"""The networks of a latent diffusion model; the only module that knows diffusers and transformers.
+"""The networks of a latent diffusion model, from diffusers and transformers.
 
 `StableDiffusion` is the adapter for Stable Diffusion 1.x and 2.x. The sampler needs of an adapter
 what `LatentDiffusion` lists, so another family is another adapter.
@@ -7,10 +7,8 @@ what `LatentDiffusion` lists, so another family is another adapter.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import registry
-from .errors import InputError, ModelError, unknown
+from . import schedulers
+from .errors import InputError, ModelError
 from .noise import at_least_float32
 from .text import Conditioning, Embedding, TextEncoder
 from .torchvision_fakes import mend_torchvision
@@ -28,9 +26,7 @@ mend_torchvision()
 
 import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
 from diffusers.loaders import TextualInversionLoaderMixin  # noqa: E402
-from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTO_CHECKPOINTING_PARAMETERS = 100_000_000  # below, activations fit anyway and speed counts
 
 
@@ -120,45 +116,12 @@ class StableDiffusion:
         return spelled
 
     def new_scheduler(self, spec: Any) -> Any:
-        """A fresh scheduler, made from a configuration; nothing is shared with another run.
-
-        Args:
-            spec: None for the model's own, a short name ("lms"), a class name, a diffusers
-                scheduler, or a mapping with `name` and configuration.
-
-        Raises:
-            InputError: there is no such scheduler, or its own package is missing.
-        """
-        if spec is None:
-            return type(self.scheduler).from_config(self.scheduler.config)
-        if isinstance(spec, str | Mapping):
-            config = {"name": spec} if isinstance(spec, str) else dict(spec)
-            scheduler = scheduler_class(config.pop("name", ""))
-            if "clip_sample" in inspect.signature(scheduler).parameters:
-                # Some schedulers clip where the model's configuration is silent; latents never are.
-                config.setdefault("clip_sample", self.scheduler.config.get("clip_sample", False))
-            return scheduler.from_config(self.scheduler.config, **config)
-        if isinstance(spec, diffusers.SchedulerMixin):
-            return type(spec).from_config(spec.config)
-        raise InputError(f"scheduler must be a name or a diffusers scheduler; got {spec!r}")
+        """A fresh scheduler: the model's own where `spec` is None; see `schedulers.new`."""
+        return schedulers.new(spec, self.scheduler)
 
     def describe_scheduler(self, spec: Any) -> str | dict[str, Any]:
         """A scheduler as a run file holds it: its name, and what differs from the model's."""
-        if spec is None:
-            return short_name(type(self.scheduler).__name__)
-        if isinstance(spec, str):
-            return short_name(scheduler_class(spec).__name__)
-        scheduler = self.new_scheduler(spec)
-        name = short_name(type(scheduler).__name__)
-        if isinstance(spec, Mapping):
-            return {**spec, "name": name}
-        usual = type(scheduler).from_config(self.scheduler.config).config
-        changed = {
-            key: value
-            for key, value in scheduler.config.items()
-            if value != usual.get(key) and not key.startswith("_")
-        }
-        return {"name": name, **changed} if changed else name
+        return schedulers.describe(spec, self.scheduler)
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(C, H, W) for a size in pixels.
@@ -298,132 +261,3 @@ def _checkpointed(network: Any) -> Iterator[None]:
             for name in names:
                 vars(module).pop(name, None)
             vars(module).update(own)
-
-
-def short_name(class_name: str) -> str:
-    """A scheduler's name here: `EulerAncestralDiscreteScheduler` -> `euler-ancestral`."""
-    name = re.sub("Scheduler|Discrete", "", class_name)
-    return re.sub("(?<=.)(?=Multistep|Singlestep|Ancestral|SDE|Euler)", "-", name).lower()
-
-
-def schedulers() -> dict[str, type[Any]]:
-    """Every scheduler that `StableDiffusionPipeline` accepts and that can be used here, by name."""
-    classes = [getattr(diffusers, member.name) for member in KarrasDiffusionSchedulers]
-    # Where a scheduler's own package is missing, diffusers puts a stand-in that is no scheduler.
-    return {short_name(c.__name__): c for c in classes if issubclass(c, diffusers.SchedulerMixin)}
-
-
-def scheduler_class(name: str) -> type[Any]:
-    """The scheduler of that short or class name, or of that unmistakable beginning.
-
-    Raises:
-        InputError: there is none, with the nearest name and all choices.
-    """
-    choices = schedulers()
-    wanted = _letters(name)
-    exact = [c for c in choices if _letters(c) == wanted]
-    found = exact or [c for c in choices if wanted and _letters(c).startswith(wanted)]
-    if len(found) != 1:
-        raise unknown("scheduler", name, choices)
-    return choices[found[0]]
-
-
-def _letters(name: str) -> str:
-    return re.sub("[^a-z0-9]|scheduler|discrete", "", name.lower())
-
-
-def load(
-    model: str | Path | None = None,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    **options: Any,
-) -> StableDiffusion:
-    """Load the networks; see `pilotfish.load`."""
-    device = parse_device(device)
-    target = locate(model)
-    try:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            target,
-            dtype=parse_dtype(dtype),
-            safety_checker=None,
-            requires_safety_checker=False,
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    networks = StableDiffusion(pipeline.to(device), id=str(model) if model else "emoji")
-    for network in (networks.unet, networks.vae, networks.text_encoder):
-        network.requires_grad_(False)
-    return networks
-
-
-def locate(model: str | Path | None) -> str:
-    """A folder or hub id: the one given, or an installed model's folder (default: "emoji").
-
-    Raises:
-        InputError: no model was named and the one that ships is not installed.
-    """
-    name = "emoji" if model is None else str(model)
-    if name in registry.installed(registry.MODEL_GROUP):
-        entry = registry.find(name, registry.MODEL_GROUP)
-        return str(registry.load_object(entry.target, f"model {name!r}"))
-    if model is None:
-        raise InputError(
-            "the model that ships is not installed: pip install pilotfish-emoji "
-            "(or name another one: a diffusers folder or a hub id)"
-        )
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A number format from its name; None is float32."""
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-    return dtype
-
-
-def quiet() -> None:
-    """For programs: no bars and no advice from diffusers and transformers while they load.
-
-    Downloads, which take long, keep their bars.
-    """
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device from its name; None is the best there is.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    if device is None:
-        return _best_device()
-    try:
-        parsed = torch.device(device)
-        torch.empty(0, device=parsed)  # a driver says only now that it has no such device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(
-            f"no device {str(device)!r} here; expected cpu, cuda, cuda:1 or mps. "
-            "`pilotfish doctor` lists what there is."
-        ) from error
-    return parsed
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -62,6 +62,9 @@ class NoiseLevel:
         return ratio * cleaner + added * noise.to(cleaner)
 
 
+CLEAN = NoiseLevel(1.0, 0.0, 0.0, 1.0, "sample")  # what a run ends with
+
+
 def noise_level(scheduler: Any, index: int) -> NoiseLevel:
     """The noise level at which `scheduler` expects the latents of step `index`.
 

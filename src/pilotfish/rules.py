@@ -39,7 +39,7 @@ from .guidance import (
     sum_at_x0,
     without_conflicts,
 )
-from .noise import NoiseLevel, at_least_float32
+from .noise import CLEAN, NoiseLevel, at_least_float32
 from .presets import Preset
 
 # What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
@@ -235,6 +235,3 @@ def schedule(levels: Sequence[NoiseLevel], kind: str) -> list[float]:
     values = ratios if kind == "increase" else [1 - ratio for ratio in ratios]
     mean = math.fsum(values) / len(values)
     return [value / mean for value in values]
-
-
-CLEAN = NoiseLevel(1.0, 0.0, 0.0, 1.0, "sample")  # what a run ends with

@@ -102,6 +102,21 @@ class Run:
         """Whether classifier-free guidance is on."""
         return self.guidance_scale > 1
 
+    def resolved(self, model: Any, plugins: tuple[Mapping[str, Any], ...]) -> Run:
+        """The run with everything resolved that the user left open."""
+        described = getattr(model, "describe_scheduler", lambda spec: spec)
+        factor = getattr(model, "factor", 1)
+        _, height, width = model.latent_shape(self.height, self.width)
+        return dataclasses.replace(
+            self,
+            scheduler=described(self.scheduler),
+            height=height * factor,
+            width=width * factor,
+            model_id=model.id,
+            dtype=str(model.dtype).removeprefix("torch."),
+            plugins=plugins,
+        )
+
     def to_toml(self) -> str:
         """The run as a file for `pilotfish generate --run`.
 

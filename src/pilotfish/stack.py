@@ -144,12 +144,16 @@ class Stack:
         for call in self.calls[hook]:
             self.call(call, arguments(call.name, None), where)
 
-    def first(self, hook: str, arguments: Arguments, where: str = "") -> tuple[str, Any] | None:
-        """The first answer that is not `None`, with its plugin's name; `None` if nobody answers."""
+    def first(
+        self, hook: str, arguments: Arguments, problem: Callable[[Any], str | None], where: str = ""
+    ) -> Any:
+        """The first answer that is not `None`, checked by `problem`; `None` if nobody answers."""
         for call in self.calls[hook]:
             answer = self.call(call, arguments(call.name, None), where)
             if answer is not None:
-                return call.name, answer
+                if what := problem(answer):
+                    self.blame(call.name, hook, what, where)
+                return answer
         return None
 
     def chain(
@@ -173,6 +177,17 @@ class Stack:
         """All answers that are not `None`, each with the plugin's name."""
         answers = [(c.name, self.call(c, arguments(c.name, None))) for c in self.calls[hook]]
         return [(name, answer) for name, answer in answers if answer is not None]
+
+    def teardown(self, arguments: Arguments) -> None:
+        """Tear all down, in reverse, whatever they raise; then raise the first error."""
+        errors = []
+        for call in reversed(self.calls["teardown"]):
+            try:
+                self.call(call, arguments(call.name, None))
+            except PilotfishError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:

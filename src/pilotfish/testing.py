@@ -14,10 +14,11 @@ from torch import Tensor
 from .conformance import CHECKS, PROMPT, Check, Examination, Outcome, Trial
 from .errors import PilotfishError
 from .exact import GaussianModel
+from .generators import seeded
 from .guidance import Leaves, Trunk
 from .noise import NoiseLevel
 from .run import Run
-from .sampler import Sampler, seeded
+from .sampler import Sampler
 from .step import Moment, Step
 from .text import Conditioning
 from .torchvision_fakes import mend_torchvision

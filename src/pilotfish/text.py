@@ -11,7 +11,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -122,7 +122,9 @@ def transform(
     """An embedding after all plugins' `embedding_transform`.
 
     Args:
-        encode, view, where: see `Prompt.embeddings`.
+        encode: see `hookspecs.embedding_transform`.
+        view: the step as the plugin of that name sees it; None before the first.
+        where: for error messages.
     """
     answer: Embedding = stack.chain(
         "embedding_transform",
@@ -132,38 +134,6 @@ def transform(
         where,
     )
     return answer
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One of a run's two prompts: encoded once, transformed by the plugins as often as asked."""
-
-    text: str
-    role: Literal["positive", "negative"]
-    encoders: Sequence[TextEncoder]
-    words: Mapping[str, Vocabulary]
-    stack: Stack
-    run: Any
-    encoded: dict[str, Embedding] = field(default_factory=dict)
-
-    def embeddings(self, view: View = lambda _: None, where: str = "") -> list[Embedding]:
-        """One embedding of each text encoder, after both stages.
-
-        Args:
-            view: the step as the plugin of that name sees it; None before the first.
-            where: for error messages.
-        """
-        return [self._embedding(encoder, view, where) for encoder in self.encoders]
-
-    def _embedding(self, encoder: TextEncoder, view: View, where: str) -> Embedding:
-        def encode(text: str) -> Embedding:
-            words = self.words[encoder.name]
-            return embed(encoder, text, self.role, self.stack, self.run, words)
-
-        if encoder.name not in self.encoded:
-            self.encoded[encoder.name] = encode(self.text)
-        before = self.encoded[encoder.name]
-        return transform(before, self.stack, self.run, encode, view, where)
 
 
 def tokenize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .. import load
 from ..conformance import Outcome
-from ..model import quiet
+from ..loading import quiet
 from ..registry import resolve
 from ..testing import examine, random_sampler
 from .listing import columns

@@ -1,15 +1,19 @@
-"""What `pilotfish doctor` finds: versions, devices, models, plugins and commands."""
+"""`pilotfish doctor`: versions, devices, models, plugins and commands, and what is broken."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import click
 
 from ..registry import (
     COMMAND_GROUP,
@@ -23,6 +27,7 @@ from ..registry import (
     load_object,
 )
 from .listing import columns, hooks_of, limit_note, metadata_problem
+from .program import debug_option
 
 NEEDED = ("pilotfish", "torch", "diffusers", "transformers", "pluggy", "pydantic")
 OPTIONAL = ("torchvision", "open-clip-torch", "matplotlib")
@@ -40,6 +45,18 @@ class Finding:
     name: str
     detail: str
     fault: str | None = None
+
+
+@click.command()
+@debug_option
+@click.pass_context
+def doctor(ctx: click.Context) -> None:
+    """Look at versions, devices, models and plugins; exit code 1 where something is broken."""
+    with contextlib.redirect_stdout(sys.stderr):  # what plugins print when they are imported
+        text, broken = examine()
+    click.echo(text)
+    if broken:
+        ctx.exit(1)
 
 
 def examine() -> tuple[str, int]:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from .. import guidance, model
+from .. import guidance, loading, schedulers
+from ..generators import seeded
 from ..noise import NoiseLevel
 from ..plugin import Guide, Plugin
 from ..presets import Preset, find_preset
 from ..run import Run
-from ..sampler import seeded
 from ..stack import Call, Stack
 from ..step import Moment, Step
 from ..text import Conditioning
@@ -127,14 +127,16 @@ def plan(
         InputError: model, device, dtype or scheduler do not exist.
     """
     if device is not None:
-        model.parse_device(device)
-    model.parse_dtype(dtype)
-    folder = model.locate(model_name)
+        loading.parse_device(device)
+    loading.parse_dtype(dtype)
+    folder = loading.locate(model_name)
     scheduler = scheduler_of(run, Path(folder))
     num_steps = len(scheduler.timesteps) if scheduler is not None else None
     return Plan(
         model=str(model_name or "emoji"),
-        scheduler=model.short_name(type(scheduler).__name__) if scheduler is not None else None,
+        scheduler=schedulers.short_name(type(scheduler).__name__)
+        if scheduler is not None
+        else None,
         num_steps=num_steps,
         run=run,
         plugins=tuple(_plugin_plan(stack, run, name, num_steps or run.steps) for name, _ in stack),
@@ -147,11 +149,11 @@ def scheduler_of(run: Run, folder: Path) -> Any:
     own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     spec = run.scheduler
     if spec is None:
-        spec = model.short_name(own.get("_class_name", ""))
-        if spec not in model.schedulers():
+        spec = schedulers.short_name(own.get("_class_name", ""))
+        if spec not in schedulers.available():
             return None
     config = {"name": spec} if isinstance(spec, str) else dict(spec)
-    scheduler = model.scheduler_class(config.pop("name", "")).from_config(own, **config)
+    scheduler = schedulers.named(config.pop("name", "")).from_config(own, **config)
     scheduler.set_timesteps(run.steps)
     return scheduler
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..errors import PilotfishError, PluginError
+from ..loop import Sampling
 from ..plugin import Guide, Plugin
 from ..run import Run
-from ..sampler import Sampler, Sampling, Stream
+from ..sampler import Sampler, Stream
 from ..stack import Call, Stack
 from ..step import Step
 from ..text import Embedding

@@ -1,0 +1,213 @@
+"""`pilotfish generate`. What needs torch is imported when it runs: help needs none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import InputError
+from ..presets import PRESETS
+from .program import debug_option
+
+if TYPE_CHECKING:
+    from ..run import Run
+    from ..sampler import Result, Stream
+    from ..stack import Stack
+
+Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
+
+
+def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """`512x768` as (width, height)."""
+    if text is None:
+        return None
+    width, _x, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise click.BadParameter(f"expected WIDTHxHEIGHT such as 512x512; got {text!r}")
+    return int(width), int(height)
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "--use",
+    "uses",
+    multiple=True,
+    metavar="NAME[:SETTING=VALUE,...]",
+    help="A plugin: an installed one's name, or FILE.py:Class. Again for more, in order. "
+    "With --run: instead of the file's plugins.",
+)
+@click.option("--seed", type=int, help="Of the first image; drawn and printed if not given.")
+@click.option(
+    "--out",
+    default="out.png",
+    show_default=True,
+    metavar="FILE",
+    help="The picture; for several images FILE-1, FILE-2 ...",
+)
+@click.option("--model", metavar="FOLDER|HUB_ID|NAME", help="[default: the emoji model]")
+@click.option("--steps", type=int, help="Sampling steps.  [default: 50]")
+@click.option("--guidance-scale", type=float, help="1 switches it off.  [default: 7.5]")
+@click.option("--scheduler", metavar="NAME", help="lms, ddim, euler ...  [default: the model's]")
+@click.option(
+    "--preset", metavar="NAME|FILE.toml", help=f"{', '.join(PRESETS)}: how losses become a move.  "
+    "[default: balanced]",
+)  # fmt: skip
+@click.option("--num-images", type=int, help="With the same prompt.  [default: 1]")
+@click.option("--negative-prompt", metavar="TEXT", help="What the picture should not show.")
+@click.option("--size", callback=parse_size, metavar="WIDTHxHEIGHT", help="[default: the model's]")
+@click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu  [default: the best]")
+@click.option("--dtype", metavar="NAME", help="bfloat16, float16 ...  [default: float32]")
+@click.option(
+    "--checkpointing",
+    type=click.Choice(["auto", "on", "off"]),
+    help="Less memory, more time, where a gradient goes through the network.  [default: auto]",
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["raise", "skip", "disable"]),
+    help="Where a guide fails: stop, skip that step, or go on without it.  [default: raise]",
+)
+@click.option("--run", "run_file", metavar="RUN.toml", help="Repeat a run; options override it.")
+@click.option(
+    "-s",
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one value: plugins.subject.scale=40, steps=20, or the preset's rho=0.5.",
+)
+@click.option("--save-run", metavar="RUN.toml", help="Write down everything that repeats the run.")
+@click.option("--dry-run", is_flag=True, help="Check and explain the run; load no weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+@debug_option
+def generate(
+    uses: tuple[str, ...],
+    changes: tuple[str, ...],
+    run_file: str | None,
+    out: str,
+    save_run: str | None,
+    device: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make pictures of PROMPT, steered by plugins.
+
+    \b
+    pilotfish generate "a campfire" --use blue:scale=0.5,every=5 --seed 32
+    pilotfish generate "a cat" --use ./my_loss.py:Warmth:scale=2 --dry-run
+    pilotfish generate --run run.toml -s plugins.subject.scale=40
+    """
+    from .overrides import compose
+
+    content = compose(run_file, uses, changes, options)
+    model = {"model": content.pop("model", None), "dtype": content.pop("dtype", None)}
+    model["device"] = device
+    # Whatever a plugin or a library prints must not get between the lines of the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        stack, run = build(content)
+        if dry_run:
+            text, answer = explain(stack, run, model)
+        else:
+            text, answer = make_pictures(stack, run, model, out, save_run)
+    click.echo(json.dumps(answer, indent=2) if as_json else text)
+
+
+def build(content: Mapping[str, Any]) -> tuple[Stack, Run]:
+    """Plugins and run, checked; no model is loaded yet."""
+    from ..run import Run
+    from ..stack import Stack
+
+    stack = Stack(content["plugins"])
+    return stack, Run(**{key: value for key, value in content.items() if key != "plugins"})
+
+
+def explain(stack: Stack, run: Run, model: Model) -> tuple[str, dict[str, Any]]:
+    """A dry run, as text and as data."""
+    from .dry_run import plan
+
+    planned = plan(stack, run, model["model"], model["device"], model["dtype"])
+    return planned.text(), planned.to_dict()
+
+
+def make_pictures(
+    stack: Stack, run: Run, model: Model, out: str, save_run: str | None
+) -> tuple[str, dict[str, Any]]:
+    """A run, its files, and what there is to tell, as text and as data."""
+    from .report import report, summary
+
+    files = picture_files(out, run.num_images)
+    stream = start(stack, run, model)
+    if save_run is not None:
+        write(Path(save_run), stream.run.to_toml())
+    result, seconds = watch(stream)
+    save(result, files)
+    return report(result, files, seconds), summary(result, files, seconds)
+
+
+def start(stack: Stack, run: Run, model: Model) -> Stream:
+    """Load the model; everything is checked before the first step."""
+    from ..loading import load, quiet
+    from ..loop import Sampling
+    from ..sampler import Stream
+
+    quiet()
+    return Stream(Sampling(load(**model), run, stack))
+
+
+def watch(stream: Stream) -> tuple[Result, float]:
+    """Take all steps under a progress bar; the result and the seconds it took."""
+    from tqdm import tqdm
+
+    from .report import latest_losses
+
+    begin = time.perf_counter()
+    with contextlib.closing(stream), tqdm(total=len(stream), unit="step", file=sys.stderr) as bar:
+        for step in stream:
+            bar.set_postfix_str(latest_losses(stream.trace), refresh=False)
+            bar.update(step.index + 1 - bar.n)
+        result = stream.result()
+    return result, time.perf_counter() - begin
+
+
+def picture_files(out: str, num_images: int) -> list[Path]:
+    """Where the pictures go; found out before the run, not after it.
+
+    Raises:
+        InputError: the ending names no format, or the folder cannot be made.
+    """
+    from ..images import check_writable
+
+    path = check_writable(out)
+    if num_images == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(num_images)]
+
+
+def save(result: Result, files: list[Path]) -> None:
+    """Write the pictures."""
+    from .. import images
+
+    for picture, path in zip(result.images, files, strict=True):
+        images.save(picture, path)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,113 @@
+"""The program's frame: which commands there are, and how errors are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import PilotfishError, unknown
+from ..registry import COMMAND_GROUP, Installed, installed, load_command
+from .listing import remark
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+OWN = ("doctor", "generate", "plugins")  # each is the command of its name in the module of its name
+
+
+class Failure(click.ClickException):
+    """The user's own mistake: one line, no traceback, exit code 1."""
+
+    def show(self, file: Any = None) -> None:
+        """Print to stderr."""
+        click.echo(f"error: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """A group that turns pilotfish's own errors into one line, unless `--debug` is given."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(130) from None
+        except Exception as error:
+            message = _own_mistake(error)
+            if message is None or ctx.find_root().meta.get("debug"):
+                raise
+            raise Failure(message) from None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, but an unknown command lists all of them."""
+        if self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(str(unknown("command", args[0], self.list_commands(ctx))), ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Program(Commands):
+    """The program: its own commands, then those that installed packages add.
+
+    A package adds a click command by the entry-point group `pilotfish.commands`. The program's own
+    come first, so that no package can take their place.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Own names, then the installed ones."""
+        return [*OWN, *(name for name in installed(COMMAND_GROUP) if name not in OWN)]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A command; an installed one is not imported here."""
+        if name in OWN:
+            command: click.Command = getattr(import_module(f".{name}", __package__), name)
+            return command
+        claims = installed(COMMAND_GROUP).get(name)
+        return Added(claims) if claims else None
+
+
+class Added(click.Command):
+    """A command of an installed package: told of by metadata, imported when it runs."""
+
+    def __init__(self, claims: Sequence[Installed]) -> None:
+        super().__init__(claims[0].name, short_help=remark(claims[0], claims))
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        """The context of the package's own command, which so takes this one's place."""
+        command: click.Command = load_command(str(self.name))
+        return command.make_context(info_name, args, parent, **extra)
+
+
+def _own_mistake(error: Exception) -> str | None:
+    """The message, where the error is one that a user can mend without reading code."""
+    if isinstance(error, PilotfishError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+        return (
+            f"the device is out of memory ({str(error).splitlines()[0]}) "
+            "Try --dtype bfloat16, --checkpointing on, a smaller --size or fewer --num-images."
+        )
+    return None
+
+
+def debug_option(command: Command) -> Command:
+    """Add `--debug`, before or after the subcommand."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.find_root().meta["debug"] = True
+
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        help="Show the traceback of an error.",
+    )(command)
