@@ -111,3 +111,16 @@ def test_the_frechet_distance_of_gaussians_is_the_closed_form() -> None:
     second = 2 * torch.randn(40_000, 3, generator=generator) + torch.tensor([3.0, 0, 0])
     # |mean difference|^2 + 3 (1 - 2)^2; the sampling error of 40,000 draws is about 0.05
     assert score.frechet_distance(first, second) == pytest.approx(9 + 3, abs=0.2)
+
+
+def test_the_frechet_distance_of_fewer_pictures_than_features_is_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(16, 40, generator=generator, dtype=torch.float64)
+    second = torch.randn(90, 40, generator=generator, dtype=torch.float64) + 1
+    centred = first - first.mean(0), second - second.mean(0)
+    # The root's trace is the sum of the singular values of one set's deviations times the other's.
+    overlap = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() / (15 * 89) ** 0.5
+    spreads = centred[0].square().sum() / 15 + centred[1].square().sum() / 89
+    between = (first.mean(0) - second.mean(0)).square().sum()
+    expected = float(between + spreads - 2 * overlap)
+    assert score.frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)

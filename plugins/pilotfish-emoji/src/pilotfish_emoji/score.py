@@ -10,7 +10,6 @@ from random import Random
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 
 from pilotfish_emoji import judge as judges
@@ -81,9 +80,10 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Frechet distance of two sets of features (N, D), each taken as a Gaussian."""
     means = first.mean(0).double().numpy(), second.mean(0).double().numpy()
     covariances = np.cov(first.double().numpy().T), np.cov(second.double().numpy().T)
-    root = np.real(sqrtm(covariances[0] @ covariances[1]))
+    # The root's trace by eigenvalues: few pictures have a singular covariance, and that no root.
+    squares = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(min=0)
     between = float(np.square(means[0] - means[1]).sum())
-    return between + float(np.trace(covariances[0] + covariances[1] - 2 * root))
+    return between + float(np.trace(sum(covariances)) - 2 * np.sqrt(squares).sum())
 
 
 def score(folder: Path = FOLDER, *, count: int = PROMPTS) -> tuple[dict[str, object], Tensor]:
