@@ -1,7 +1,6 @@
 """The benchmarks run, and what they compare with is independent of pilotfish."""
 
 import ast
-import importlib.util
 import json
 import os
 import subprocess
@@ -61,28 +60,3 @@ def test_the_result_names_no_host_and_no_folder(speed):
     versions = {"python", "torch", "diffusers", "pilotfish"}
     assert set(machine) == {"cpu", "cores", "threads", "gpu", *versions}
     assert str(BENCHMARKS.parent) not in json.dumps(speed[0])
-
-
-@pytest.fixture(scope="module")
-def balance():
-    """The module; it needs the emoji model's names and matplotlib only when it runs."""
-    pytest.importorskip("pilotfish_emoji")
-    spec = importlib.util.spec_from_file_location("balance", BENCHMARKS / "balance.py")
-    module = sys.modules["balance"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["balance"]
-
-
-def test_the_balance_prompts_hold_every_object_once_and_no_pair_left_out_of_training(balance):
-    from pilotfish_emoji import BACKGROUNDS, HELD_OUT_PAIRS, OBJECTS
-
-    labels = [pair for batch in range(balance.BATCHES) for pair in balance.labels_of(batch)]
-    assert sorted(o for o, _ in labels) == list(range(len(OBJECTS)))
-    assert not {(OBJECTS[o], BACKGROUNDS[b]) for o, b in labels} & set(HELD_OUT_PAIRS)
-
-
-def test_the_balance_points_have_names_of_their_own(balance):
-    names = [point.name for point in balance.grid(quick=False)]
-    assert len(names) == len(set(names))
-    assert {point.name for point in balance.grid(quick=True)} < set(names)

@@ -57,7 +57,7 @@ def test_at_the_default_scale_a_colour_guide_halves_its_loss_and_keeps_the_objec
             verdict = judge.judge(sampler.model.decode(latents).clamp(0, 1))
         kept += sum(found == name for found, *_ in verdict.names)
     assert torch.cat(after).mean() <= 0.5 * torch.cat(before).mean()
-    assert kept >= 0.85 * 16  # benchmarks/balance.py has 64 prompts
+    assert kept >= 0.85 * 16  # benchmarks/quality.py has 64 prompts
 
 
 @pytest.mark.parametrize("guide", ["blue", PALETTE], ids=["blue", "palette"])

@@ -1,0 +1,1 @@
+"""The quality of guided pictures: what is measured, its pictures, scores and drawings."""

@@ -1,0 +1,161 @@
+"""The pictures of a point: made once, kept under a fingerprint of all that they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pilotfish_likeness.networks import load
+from torch import Tensor
+
+import pilotfish
+from pilotfish.errors import NonFiniteError
+
+from .points import BATCH, Point, labels, texts
+
+
+class Prompts(pilotfish.Plugin):
+    """Gives each image of a batch its own prompt."""
+
+    def __init__(self, model: Any, prompts: Sequence[str]) -> None:
+        super().__init__()
+        tokenizer, encoder = model.tokenizer, model.text_encoder
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
+        with torch.no_grad():
+            self._values = encoder(ids.to(encoder.device))[0]  # (B, T, D)
+
+    def embedding_transform(self, embedding: pilotfish.Embedding) -> pilotfish.Embedding | None:
+        """The positive prompts."""
+        if (embedding.stage, embedding.role) != ("prompt", "positive"):
+            return None
+        return dataclasses.replace(embedding, values=self._values)
+
+
+class Turned:
+    """A classifier with another order of classes for each image: the wanted one comes first.
+
+    So a guide `classifier` with label 0 asks each image of a batch for something else, with the
+    same loss as a guide of its own.
+
+    Args:
+        network: images (N, 3, H, W) -> logits (N, classes).
+        wanted: a class for each image of a batch.
+    """
+
+    def __init__(self, network: Any, wanted: Sequence[int]) -> None:
+        self._network, self._wanted = network, torch.tensor(wanted)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits of the images and their cutouts, image by image."""
+        logits = self._network(images)
+        first = self._wanted.repeat_interleave(len(logits) // len(self._wanted))
+        columns = first.unsqueeze(1) + torch.arange(logits.shape[1])
+        return logits.gather(1, columns % logits.shape[1])
+
+
+class Lab:
+    """Makes pictures with one model, and keeps them.
+
+    Args:
+        model: a folder with all that ships: networks, classifier, judge.
+        kept: where finished batches lie.
+    """
+
+    def __init__(self, model: Path, kept: Path) -> None:
+        self.folder, self.kept = model, kept
+        kept.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def sampler(self) -> pilotfish.Sampler:
+        """Loaded when the first picture is made."""
+        sampler = pilotfish.load(self.folder)
+        for network in (sampler.model.unet, sampler.model.vae):
+            network.to(memory_format=torch.channels_last)  # three quarters of the time on a CPU
+        return sampler
+
+    @cached_property
+    def classifier(self) -> Any:
+        """The one that guides: images -> logits."""
+        return load(str(self.folder / "classifier"), torch.device("cpu"), torch.float32)
+
+    @cached_property
+    def weights(self) -> dict[str, str]:
+        """Fingerprints of what pictures depend on."""
+        return {
+            "model": _digest(self.folder, "unet", "vae", "text_encoder"),
+            "classifier": _digest(self.folder, "classifier"),
+        }
+
+    def file(self, point: Point, batch: int) -> Path:
+        """Where the pictures of a batch are kept."""
+        guided = point.series.task == "label" and point.scale
+        used = self.weights["model"] + (self.weights["classifier"] if guided else "")
+        return self.kept / point.file(used, batch)
+
+    def measure(self, point: Point, batch: int) -> None:
+        """Make and keep the pictures of a batch; none where the run breaks."""
+        network = self.sampler.model.unet  # loaded before the clock starts
+        start = time.process_time()  # of one thread: another program's work hardly disturbs it
+        with counted(network) as calls:
+            pictures = self.pictures(point, batch)
+        seconds = (time.process_time() - start) / BATCH
+        file = self.file(point, batch)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        with part.open("wb") as opened:
+            np.savez_compressed(opened, pictures=pictures, seconds=seconds, calls=len(calls))
+        part.replace(file)
+
+    def pictures(self, point: Point, batch: int) -> np.ndarray:
+        """(B, 64, 64, 3) as bytes; (0, 64, 64, 3) where latents or pictures are not finite."""
+        seed, count = batch * BATCH, BATCH
+        options = {**point.options, "seed": seed, "num_images": count}
+        try:
+            result = self.sampler(plugins=self.plugins(point, batch), **options)
+        except NonFiniteError:
+            return np.zeros((0, 64, 64, 3), np.uint8)
+        return np.stack([np.asarray(picture) for picture in result.images])
+
+    def plugins(self, point: Point, batch: int) -> list[Any]:
+        """What gives each image its prompt or its label."""
+        plugins: list[Any] = []
+        if point.series.prompted:
+            plugins.append(Prompts(self.sampler.model, texts(point.series, batch)))
+        if guide := point.guide:
+            if point.series.task == "label":
+                wanted = [o for o, _ in labels(point.series, batch)]
+                guide["model"] = Turned(self.classifier, wanted)
+            plugins.append(guide)
+        return plugins
+
+    def read(self, point: Point, batch: int) -> dict[str, np.ndarray] | None:
+        """A finished batch: its `pictures`, `seconds` for each of them, and `calls` of the UNet."""
+        file = self.file(point, batch)
+        return dict(np.load(file)) if file.exists() else None
+
+
+@contextlib.contextmanager
+def counted(network: torch.nn.Module) -> Iterator[list[None]]:
+    """A list that grows by one with each call of the network."""
+    calls: list[None] = []
+    hook = network.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _digest(folder: Path, *parts: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(f for part in parts for f in (folder / part).rglob("*") if f.is_file()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]

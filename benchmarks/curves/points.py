@@ -1,0 +1,222 @@
+"""What is measured, and in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from pilotfish_emoji import BACKGROUNDS, OBJECTS
+from pilotfish_emoji.world import caption, random_style
+
+from pilotfish import PRESETS, Preset, rules
+from pilotfish.presets import find_preset
+
+BATCH, BATCHES = 16, 4  # pictures at a time, and for a whole point
+WISHED = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "crown")  # without a prompt
+PALETTE = ("#14213d", "#fca311", "#e5e5e5")
+RUN = {"steps": 25, "scheduler": "euler-ancestral"}  # one that draws noise: `dsg` needs it
+TASKS: dict[str, dict[str, Any]] = {
+    "label": {"use": "classifier", "label": 0},  # which class 0 is, `pictures.Turned` says
+    "blue": {"use": "blue"},
+    "palette": {"use": "palette", "colors": PALETTE},
+}
+LONGEST = 8  # scales at which a series is looked at with the first batch
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One way of guiding, to be measured over `scale`.
+
+    Attributes:
+        task: what is asked for: a label without a prompt, or colours with one.
+        name: of the preset, with what is changed of it.
+        start: where the search for the best scale starts; 0: no guide.
+        preset, guide, run: what differs from the task's own.
+    """
+
+    task: str
+    name: str
+    start: float = 0.0
+    preset: str | Mapping[str, Any] = "balanced"
+    guide: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompted(self) -> bool:
+        """Whether there is a prompt: colours are asked for beside one."""
+        return self.task != "label" or self is PROMPTED
+
+
+@dataclass(frozen=True)
+class Point:
+    """A series at one scale."""
+
+    series: Series
+    scale: float = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the run."""
+        guidance_scale = 4.0 if self.series.prompted else 1.0
+        run = {**RUN, "guidance_scale": guidance_scale, **self.series.run}
+        return {**run, "preset": self.series.preset}
+
+    @property
+    def guide(self) -> dict[str, Any] | None:
+        """As in a list of plugins; None is no guide."""
+        if not self.scale:
+            return None
+        return {**TASKS[self.series.task], **self.series.guide, "scale": self.scale}
+
+    def file(self, weights: str, batch: int) -> str:
+        """A name that changes with everything that a batch's pictures depend on."""
+        what = [self.options, _knobs(self.options.pop("preset")), self.guide]
+        what += [texts(self.series, batch), rules.UNPROMPTED_PULL, weights]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode())
+        name = f"{self.series.task}-{self.series.name}-{self.scale:g}" if self.scale else "unguided"
+        return f"{re.sub('[^a-z0-9.]+', '-', name)}-{batch}-{digest.hexdigest()[:10]}.npz"
+
+
+def _knobs(preset: Any) -> dict[str, Any]:
+    """What counts of a preset: a knob that comes in later, unused, changes nothing."""
+    found = find_preset(preset)
+    usual = {f.name: f.default for f in dataclasses.fields(Preset)}
+    knobs = {name: getattr(found, name) for name in usual if name not in ("name", "source")}
+    return {name: value for name, value in knobs.items() if value != usual[name]}
+
+
+# ---- what the pictures should show ----
+
+
+def labels(series: Series, batch: int) -> list[tuple[int, int | None]]:
+    """Object and background that each picture of a batch should have.
+
+    With a prompt every object once, backgrounds spread, no pair that training left out; without
+    one, eight objects in turn on any background.
+    """
+    if series.task == "label":
+        return [(OBJECTS.index(WISHED[i % len(WISHED)]), None) for i in range(BATCH)]
+    objects = range((batch + 2) % BATCHES, len(OBJECTS), BATCHES)
+    return [(o, (7 * o + o // 10 + 5) % 10) for o in objects][:BATCH]
+
+
+def texts(series: Series, batch: int) -> list[str]:
+    """The prompts of a batch; all empty without one."""
+    if not series.prompted:
+        return [""] * BATCH
+    random = Random(batch)
+    return [
+        caption(OBJECTS[o], random.choice(BACKGROUNDS), random_style(random))
+        if b is None
+        else caption(OBJECTS[o], BACKGROUNDS[b])
+        for o, b in labels(series, batch)
+    ]
+
+
+# ---- all series ----
+
+# Where the search over scales starts: near the best of first trials; 1 where none is given.
+STARTS = {
+    "label": {"balanced": 4.0},
+    "blue": {"deep-dive": 200.0, "clip-guided": 200.0, "dps": 200.0, "dsg": 2.0}
+    | {"freedom": 10.0, "mpgd": 0.25, "tfg": 100.0, "ugd": 200.0, "lgd": 200.0},
+}
+SLOW = ("tfg", "ugd", "lgd")  # several decodes a step: last, so that the others are done
+PROMPTED = Series("label", "prompted")
+FLOORS = (*(Series(task, "unguided") for task in TASKS), PROMPTED)
+
+
+def all_series() -> list[Series]:
+    """Every preset for a label and for blue, variants of `balanced`, and its palette."""
+    names = [*(name for name in PRESETS if name not in SLOW), *SLOW]
+    presets = [
+        Series(task, name, starts.get(name, 1.0), name)
+        for task, starts in STARTS.items()
+        for name in names
+    ]
+    return [*presets, *variants(), Series("palette", "balanced", 1.0)]
+
+
+def variants() -> list[Series]:
+    """`balanced` for a label, with up to 75 calls of the UNet."""
+    often, looks = {"base": "balanced", "recurrence": 3}, {"cutouts": 8, "stop": 0.6}
+    through = {"gradient": "latents"}
+
+    def series(change: str, *args: Any, **changes: Any) -> Series:
+        return Series("label", f"balanced, {change}", 4.0, *args, **changes)
+
+    return [
+        series("8 cutouts, stop 0.6", guide=looks),
+        series("8 cutouts, stop 0.6, 75 steps", guide=looks, run={"steps": 75}),
+        series("3 recurrences", often),
+        series("latents, 3 recurrences", often, through),
+        series("latents, 3 recurrences, 8 cutouts, stop 0.6", often, {**through, **looks}),
+    ]
+
+
+# ---- the order ----
+
+Merit = Callable[[Point], float | None]
+Wish = tuple[Point, int]  # a point, and which of its batches
+
+
+def plan(series: Sequence[Series], merit: Merit, *, quick: bool = False) -> Iterator[Wish]:
+    """What to measure, first things first, as far as can be said from what is measured.
+
+    Each series is looked at with one batch, at scales a factor of 4 apart, until the best is not at
+    an end; then the best gets all its pictures, then the scales at half and twice the best, then
+    those at a quarter and four times.
+
+    Args:
+        merit: of a point by its first batch, -inf where its run breaks; None where that batch is
+            not there yet.
+        quick: one batch at one scale.
+    """
+    batches = 1 if quick else BATCHES
+    yield from _batches([Point(floor) for floor in FLOORS], batches)
+    if quick:
+        yield from ((Point(s, s.start), 0) for s in series)
+        return
+    yield from ((Point(s, scale), 0) for s in series for scale in walk(s, merit))
+    tops = [top for s in series if (top := best(s, merit))]
+    for factors in ((1,), (2, 0.5), (4, 0.25)):
+        around = [Point(top.series, top.scale * factor) for top in tops for factor in factors]
+        yield from _batches(around, batches)
+
+
+def _batches(points: Sequence[Point], count: int) -> Iterator[Wish]:
+    return ((point, batch) for point in points for batch in range(count))
+
+
+def walk(series: Series, merit: Merit) -> list[float]:
+    """The scales at which a series is looked at, in order of size."""
+    scales = [series.start / 4, series.start, series.start * 4]
+    while len(scales) < LONGEST:
+        merits = [merit(Point(series, scale)) for scale in scales]
+        if None in merits:
+            break
+        top = max(range(len(scales)), key=lambda i: (merits[i], i))
+        if top == 0:
+            scales.insert(0, scales[0] / 4)
+        elif top == len(scales) - 1:
+            scales.append(scales[-1] * 4)
+        else:
+            break
+    return scales
+
+
+def best(series: Series, merit: Merit) -> Point | None:
+    """The point of the walk with the highest merit; None while any of them is missing."""
+    points = [Point(series, scale) for scale in walk(series, merit)]
+    merits = [merit(point) for point in points]
+    known = [m for m in merits if m is not None]
+    if len(known) < len(points) or math.isinf(max(known)):
+        return None
+    return points[merits.index(max(known))]
