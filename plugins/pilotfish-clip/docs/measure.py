@@ -31,29 +31,33 @@ import pilotfish
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
 EACH, FRESH = 8, 64  # pictures of an object, and fresh ones to compare with
-WINDOW = 0.6  # the guide's `stop`
-CUTOUTS = 8
+RUN = {"steps": 25, "scheduler": "euler-ancestral"}
+PRESET = {"base": "balanced", "recurrence": 5, "recurrence_stop": 0.5}
+GUIDE = {"use": "clip", "scale": 4, "stop": 0.8, "cutouts": 4}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One row of the table."""
+    """One row of the table; `guide` is None for none, or what it sets."""
 
     name: str
-    gradient: str
-    scale: float
+    guide: dict[str, object] | None
     prompt: str = ""
-    scheduler: str = "euler-ancestral"
-    steps: int = 80
+    guidance_scale: float = 1
 
 
-BACKGROUND = "on a {background} background"
 POINTS = (
-    Point("no prompt, latents", "latents", 4),
-    Point("no prompt, x0", "x0", 6),
-    Point("background in the prompt, x0", "x0", 1.5, BACKGROUND),
-    Point("no prompt, no guide", "x0", 0),
-    Point("all in the prompt, no guide", "x0", 0, "a {object} on a {background} background"),
+    Point("no prompt, latents", {"gradient": "latents"}),
+    Point("no prompt, x0", {"gradient": "x0"}),
+    Point(
+        "background in the prompt, x0",
+        {"gradient": "x0", "mask": [0.08, 0.08, 0.92, 0.92]},
+        "on a {background} background",
+        2,
+    ),
+    Point("no prompt, no guide", None),
+    Point("background in the prompt, no guide", None, "on a {background} background", 2),
+    Point("all in the prompt, no guide", None, "a {object} on a {background} background", 4),
 )
 
 
@@ -61,16 +65,14 @@ def drawn(sampler: pilotfish.Sampler, point: Point) -> Tensor:
     """Pictures (64, 3, 64, 64), the objects in turn, seeds apart."""
     parts = []
     for index, (name, background) in enumerate(zip(OBJECTS, backgrounds(), strict=True)):
-        guide = {"use": "clip", "text": f"a {name}", "cutouts": CUTOUTS, "stop": WINDOW}
-        guide |= {"gradient": point.gradient, "scale": point.scale}
         result = sampler(
             point.prompt.format(object=name, background=background),
-            plugins=[guide] if point.scale else [],
-            guidance_scale=4 if point.prompt else 1,
+            plugins=[] if point.guide is None else [GUIDE | point.guide | {"text": f"a {name}"}],
+            guidance_scale=point.guidance_scale,
+            preset=PRESET,
             num_images=EACH,
             seed=1000 * index,
-            scheduler=point.scheduler,
-            steps=point.steps,
+            **RUN,
         )
         parts += [pixels(image) for image in result.images]
     return torch.stack(parts)
@@ -139,7 +141,7 @@ def main() -> None:
         right, placed, distance = row(judge, images, world)
         place = f"{placed:.0%}" if point.prompt else ""
         print(f"| {point.name} | {right:.0%} | {place} | {distance:.1f} |", flush=True)
-        if point.scale:
+        if point.guide:
             shown[point.name] = images
     draw(shown, Path(__file__).with_name("clip.png"))
 

@@ -54,7 +54,7 @@ def test_a_text_is_true_of_a_picture_by_what_it_says() -> None:
 def test_predictions_come_with_their_own_captions_and_labels(fresh: world.Dataset) -> None:
     few = world.Dataset(fresh.images[:8], fresh.captions[:8], fresh.labels[:8])
     both = predictions.with_predictions(few, seed=3)
-    added = [0, predictions.EVERY] * predictions.REPEATS
+    added = [*range(0, 8, predictions.EVERY)] * predictions.REPEATS
     assert both.captions == few.captions + [few.captions[i] for i in added]
     assert torch.equal(both.labels[8:], few.labels[added])
     assert torch.equal(both.images[:8], few.images)
@@ -72,7 +72,7 @@ def test_two_steps_of_training_write_folders_that_the_libraries_load(
     import open_clip
 
     monkeypatch.setattr(clip, "PICTURES", 32)
-    clip.train_clip(num_steps=2, batch=8, checkpoint=tmp_path / "clip.pt", target=tmp_path / "clip")
+    clip.train_clip(num_steps=(2, 2), batch=8, out=tmp_path, target=tmp_path / "clip")
     model = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}")
     assert model.encode_image(torch.zeros(1, 3, 64, 64)).isfinite().all()
     classifier.train_classifier(

@@ -15,21 +15,18 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 
-from pilotfish_emoji.judge import IGNORED, augment, judged_labels
+from pilotfish_emoji.judge import IGNORED, judged_labels
 from pilotfish_emoji.loop import Run, train
 from pilotfish_emoji.names import FOLDER, OBJECTS
 from pilotfish_emoji.networks import ResNetConfig, ResNetForImageClassification
-from pilotfish_emoji.predictions import with_predictions
+from pilotfish_emoji.predictions import MEAN, SIDE, STD, show, with_predictions
 from pilotfish_emoji.world import Dataset, dataset
 
 SEED: Final = 60_001  # not the model's pictures (0), CLIP's (50,001) or the judge's (90,001)
 PICTURES, FRESH = 16_384, 2_048
-SIDE = 64
 SMALLEST = 0.6  # part of a picture's side that is shown at least
-NOISE = 0.4  # standard deviation of the strongest, where pictures span 1
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 LOOKS: Final = {
     "image_processor_type": "ViTImageProcessor",  # a plain resize; ResNet's own also crops
     "do_resize": True,
@@ -56,25 +53,6 @@ def configuration() -> Any:
     )
 
 
-def show(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures as a guide sees them: cut, blurred as early predictions are, noisy; normalised.
-
-    Noise, from none to strong, turns a classifier's gradient into something that can be seen
-    (Kaur et al. 2019, "Are Perceptually-Aligned Gradients a General Property of Robust
-    Classifiers?", arXiv 1910.08640).
-    """
-    side = int(torch.randint(round(SMALLEST * SIDE), SIDE + 1, (), generator=generator))
-    top, left = torch.randint(SIDE - side + 1, (2,), generator=generator).tolist()
-    pieces = images[..., top : top + side, left : left + side]
-    images = interpolate(pieces, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    blurred = interpolate(avg_pool2d(images, 4), (SIDE, SIDE), mode="bilinear", align_corners=False)
-    blur, noise = torch.rand(2, len(images), 1, 1, 1, generator=generator).square()
-    shown = augment(torch.lerp(images, blurred, blur), generator)
-    shown = shown + NOISE * noise * torch.randn(shown.shape, generator=generator)
-    pixels: Tensor = (shown - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return pixels.contiguous(memory_format=torch.channels_last)
-
-
 @dataclass(frozen=True)
 class Lesson:
     """Pictures and the objects (N,) that they show, negative where there is none to name."""
@@ -85,7 +63,7 @@ class Lesson:
     def loss(self, batch: int, model: Any, _: int, generator: torch.Generator) -> Tensor:
         """Cross-entropy on a random batch."""
         rows = torch.randint(len(self.objects), (batch,), generator=generator)
-        pixels = show(self.images[rows].float() / 255, generator)
+        pixels = show(self.images[rows].float() / 255, SMALLEST, generator)
         return cross_entropy(model(pixels).logits, self.objects[rows], ignore_index=IGNORED)
 
 

@@ -16,27 +16,26 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, normalize
+from torch.nn.functional import cross_entropy, normalize
 
-from pilotfish_emoji.judge import augment, judged_labels
+from pilotfish_emoji.judge import judged_labels
 from pilotfish_emoji.loop import Run, train
 from pilotfish_emoji.names import BACKGROUNDS, FOLDER, OBJECTS, STYLES
-from pilotfish_emoji.predictions import with_predictions
+from pilotfish_emoji.predictions import MEAN, SIDE, STD, against, show, with_predictions
 from pilotfish_emoji.tokenizer import build_tokenizer, token_ids, write_clip_files
 from pilotfish_emoji.world import ALL_STYLES, Dataset, dataset
 
 SEED: Final = 50_001  # neither the pictures of the model (0) nor of the judge (90,001 and 90,002)
 PICTURES, FRESH = 16_384, 2_048
-SIDE = 64
 READ = 16  # tokens that training computes; the longest text has 12
 SMALLEST = 0.5  # part of a picture's side that is shown at least, as in the guide's cutouts
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+PEAKS = (2e-3, 1e-3)  # of the learning rate, in each cycle
 NAMES = (*OBJECTS, "thing")
 
 
 def configuration(vocabulary: int) -> dict[str, Any]:
     """The model as open_clip describes it: a ResNet with attention pooling, and a transformer."""
-    vision = {"image_size": SIDE, "layers": [2, 2, 2, 1], "width": 16, "head_width": 64}
+    vision = {"image_size": SIDE, "layers": [2, 2, 2, 2], "width": 16, "head_width": 64}
     text = {
         "context_length": 77,
         "vocab_size": vocabulary,
@@ -109,33 +108,42 @@ def read(model: Any, tokens: Tensor) -> Tensor:
     return projected
 
 
-def show(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures as a guide sees them: cut, blurred as early predictions are, noisy; normalised."""
-    side = int(torch.randint(int(SMALLEST * SIDE), SIDE + 1, (), generator=generator))
-    top, left = torch.randint(SIDE - side + 1, (2,), generator=generator).tolist()
-    pieces = images[..., top : top + side, left : left + side]
-    images = interpolate(pieces, (SIDE, SIDE), mode="bilinear", align_corners=False)
-    blurred = interpolate(avg_pool2d(images, 4), (SIDE, SIDE), mode="bilinear", align_corners=False)
-    amount = torch.rand(len(images), 1, 1, 1, generator=generator).square()
-    shown = augment(torch.lerp(images, blurred, amount), generator)
-    pixels = (shown - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return pixels.contiguous(memory_format=torch.channels_last)
-
-
 def contrast(
     data: Dataset, truths: Tensor, texts: Texts, batch: int, model: Any, _: int, generator: Any
 ) -> Tensor:
-    """CLIP's loss (Radford et al. 2021, arXiv 2103.00020) on a random batch.
+    """CLIP's loss (Radford et al. 2021, arXiv 2103.00020) on a random batch."""
+    return batch_loss(model, *draw(data, truths, texts, batch, generator))
 
-    We differ: texts are true of several pictures of a batch, so each picture's target is spread
-    over all texts that are true of it, and each text's over all its pictures.
-    """
+
+def hard_contrast(
+    data: Dataset, truths: Tensor, texts: Texts, batch: int, model: Any, _: int, generator: Any
+) -> Tensor:
+    """The same where each picture has moved against the model."""
+    pixels, *rest = draw(data, truths, texts, batch, generator)
+    pixels = against(pixels, lambda moved: batch_loss(model, moved, *rest), generator)
+    return batch_loss(model, pixels, *rest)
+
+
+def draw(
+    data: Dataset, truths: Tensor, texts: Texts, batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch: pixels, the tokens of its texts, whose text is which, and which is true of which."""
     rows = torch.randint(len(truths), (batch,), generator=generator)
     chosen, which = texts.index(choose(truths[rows], generator)).unique(return_inverse=True)
-    seen = normalize(model.encode_image(show(data.images[rows].float() / 255, generator)), dim=-1)
-    words = normalize(read(model, texts.tokens[chosen]), dim=-1)[which]
     says = texts.says[chosen][which]  # (B, 3)
     true = ((says == truths[rows].unsqueeze(1)) | (says < 0)).all(-1).float()  # (pictures, texts)
+    pixels = show(data.images[rows].float() / 255, SMALLEST, generator)
+    return pixels, texts.tokens[chosen], which, true
+
+
+def batch_loss(model: Any, pixels: Tensor, tokens: Tensor, which: Tensor, true: Tensor) -> Tensor:
+    """The cross-entropies of a batch, by pictures and by texts.
+
+    We differ from the paper: texts are true of several pictures of a batch, so each picture's
+    target is spread over all texts that are true of it, and each text's over all its pictures.
+    """
+    seen = normalize(model.encode_image(pixels), dim=-1)
+    words = normalize(read(model, tokens), dim=-1)[which]
     logits = model.logit_scale.exp().clamp(max=100) * seen @ words.T
     by_picture = cross_entropy(logits, true / true.sum(1, keepdim=True))
     by_text = cross_entropy(logits.T, true.T / true.T.sum(1, keepdim=True))
@@ -149,8 +157,11 @@ def true_labels(labels: Tensor) -> Tensor:
     return truths
 
 
-def train_clip(*, num_steps: int, batch: int, checkpoint: Path, target: Path) -> Any:
-    """Trains the model on pictures of its own and writes it to `target`."""
+def train_clip(*, num_steps: tuple[int, int], batch: int, out: Path, target: Path) -> Any:
+    """Trains the model on pictures of its own and writes it to `target`.
+
+    In two cycles: as they are for the first number of steps, then against the model.
+    """
     import open_clip  # here, after torchvision is mended
 
     torch.manual_seed(SEED)
@@ -158,8 +169,12 @@ def train_clip(*, num_steps: int, batch: int, checkpoint: Path, target: Path) ->
     model: Any = open_clip.CLIP(**configuration(len(build_tokenizer())))
     model.to(memory_format=torch.channels_last)  # two thirds of the time on a CPU
     data = with_predictions(dataset(PICTURES, SEED, workers=2), SEED)
-    loss = partial(contrast, data, true_labels(data.labels), texts, batch)
-    train(Run(model, loss, num_steps, 2e-3, checkpoint, SEED, weight_decay=0.05))
+    given = data, true_labels(data.labels), texts, batch
+    for cycle, (count, peak, kind) in enumerate(
+        zip(num_steps, PEAKS, (contrast, hard_contrast), strict=True)
+    ):
+        checkpoint, loss = out / f"clip-{cycle + 1}.pt", partial(kind, *given)
+        train(Run(model, loss, count, peak, checkpoint, SEED + cycle, weight_decay=0.05))
     save(model.eval(), target)
     return model
 
@@ -206,13 +221,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="working folder")
     parser.add_argument("--target", type=Path, default=FOLDER / "clip", help="where to write it")
-    parser.add_argument("--steps", type=int, default=1_850)
+    parser.add_argument("--steps", type=int, nargs=2, default=(4_000, 2_000), help="of each cycle")
     parser.add_argument("--batch", type=int, default=128)
     options = parser.parse_args()
     train_clip(
-        num_steps=options.steps,
+        num_steps=tuple(options.steps),
         batch=options.batch,
-        checkpoint=options.out / "clip.pt",
+        out=options.out,
         target=options.target,
     )
     print(accuracies(options.target, dataset(FRESH, SEED + 1, held_out=True)))
