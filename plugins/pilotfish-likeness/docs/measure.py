@@ -29,15 +29,14 @@ import pilotfish
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "crown")
 EACH, FRESH = 8, 128  # pictures of an object, and fresh ones to compare with
-RUN: dict[str, Any] = {"steps": 40, "scheduler": "euler-ancestral"}
-STRONG = {"scale": 6, "cutouts": 2, "stop": 0.6}
+RUN: dict[str, Any] = {"steps": 25, "scheduler": "euler-ancestral"}
+PRESET = {"base": "balanced", "recurrence": 3, "recurrence_stop": 0.8}
+AGAIN = {**RUN, "preset": PRESET}  # 65 calls of the network
+STRONG = {"scale": 4, "cutouts": 2, "stop": 0.8}
 POINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "latents, 2 cutouts, 40 steps": (RUN, {**STRONG, "gradient": "latents"}),
-    "x0, 2 cutouts, 40 steps": (RUN, {**STRONG, "gradient": "x0"}),
-    "x0, 8 cutouts, 60 steps": (
-        {**RUN, "steps": 60},
-        {**STRONG, "gradient": "x0", "cutouts": 8},
-    ),
+    "latents, three times": (AGAIN, {**STRONG, "gradient": "latents"}),
+    "x0, three times": (AGAIN, {**STRONG, "gradient": "x0"}),
+    "x0, once": ({**RUN, "steps": 65}, {**STRONG, "gradient": "x0"}),
     "unguided": (RUN, {"scale": 0}),
 }
 SHOWN = tuple(name for name in POINTS if name != "unguided")
