@@ -244,6 +244,9 @@ def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
         ("-s plugins.scale=3", "--set takes plugins.NAME.SETTING=VALUE"),
         ("--use ./my_loss.py:Warmth -s plugins.warm.scale=3", "Did you mean 'Warmth'?"),
         ("--model ./nothing", "no model folder ./nothing"),
+        ("--decoder tny", "decoder must be vae, linear, tiny (the tiny_vae/ of the model's"),
+        ("--decoder tiny", "tiny_vae, which does not exist. Name an AutoencoderTiny"),
+        ("--decoder tiny:./nothing", "decoder 'tiny:./nothing': no such folder"),
     ],
 )
 def test_a_mistake_gives_one_line_that_helps(model: str, arguments: str, words: str) -> None:
@@ -333,6 +336,17 @@ def test_one_knob_of_a_preset_can_be_changed(model: str) -> None:
     preset = planned(model, "--preset", "tfg", "-s", "rho=0.5", "-s", "preset.recurrence=2")["run"]
     assert isinstance(preset, dict)
     assert preset["preset"] == {"base": "tfg", "rho": 0.5, "recurrence": 2}
+
+
+def test_a_cheaper_decoder_is_told_of_before_and_after_the_run(model: str) -> None:
+    arguments = ("--use", "./my_loss.py:Warmth", "--decoder", "linear")
+    assert "decoder  linear" in generate(model, *arguments, "--dry-run").stdout
+    done = generate(model, *arguments, "--save-run", "run.toml")
+    assert "(3 steps); " in done.stdout and " by the VAE" in done.stdout
+    assert tomllib.loads(Path("run.toml").read_text())["decoder"] == "linear"
+    again = json.loads(generate(model, "--run", "run.toml", "-s", "decoder=vae", "--json").stdout)
+    assert again["guides"]["Warmth"]["final_loss"] is None
+    assert again["run"]["decoder"] == "vae"
 
 
 def test_the_gradient_of_a_guide_comes_from_its_settings_then_from_the_preset() -> None:

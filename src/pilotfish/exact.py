@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import ModelError
 from .noise import NoiseLevel, noise_level
 from .text import Conditioning
 
@@ -74,6 +76,12 @@ class GaussianModel:
         return latents / 2 + 0.5
 
     rgb = decode
+
+    def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Its only decoder, which is linear."""
+        if name.startswith("tiny"):
+            raise ModelError("GaussianModel has no tiny decoder; use vae or linear")
+        return self.decode
 
     def differentiable(self, checkpointing: str) -> contextlib.AbstractContextManager[None]:
         """It has no parameters to freeze."""

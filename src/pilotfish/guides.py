@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from . import rules
 from .errors import InputError, ModelError, PluginError
 from .generators import Generators, draw
 from .guidance import End, Leaves, LossFault, Pull, Trunk, averaged, leaf_gradients
+from .noise import CLEAN, at_least_float32
 from .plugin import Guide
 from .presets import find_preset
 from .regions import Region
@@ -38,6 +41,7 @@ class Guides:
         self.preset = find_preset(run.preset)
         self._run, self._stack, self._trace = run, stack, trace
         self._schedule, self._generators = schedule, generators
+        self._decode = run.model.decoder(run.decoder)
         self._disabled: set[str] = set()
         self._regions: dict[str, Region] = {}
         for call in stack.calls["loss_guidance"]:
@@ -97,8 +101,7 @@ class Guides:
             cond, uncond: the network's two predictions.
         """
         start = moment.latents if moment.latents.requires_grad else None
-        model = self._run.model
-        trunk = Trunk(moment.x0(), model.decode, model.rgb, start)
+        trunk = Trunk(moment.x0(), self._decode, self._run.model.rgb, start)
         moment.detach()
         pull = rules.prompt_pull(moment.level, cond, uncond, self._run.guidance_scale)
         following, strength = self._schedule.following(moment.index), self._strengths[moment.index]
@@ -112,6 +115,20 @@ class Guides:
             moment.change_x0(moment.x0() + move)
         else:
             moment.after_step = move
+
+    def judge(self, moment: Moment, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
+        """Write the loss of each guide that acted into the trace, on the finished latents.
+
+        Args:
+            moment: the last step; the guides see it once more, at noise level zero.
+            decode: the VAE.
+        """
+        x0 = at_least_float32(latents)
+        done = dataclasses.replace(moment, latents=latents, known_x0=x0, level=CLEAN, views={})
+        trunk, acted = Trunk(x0, decode, self._run.model.rgb), set(self._trace.plugins)
+        for guide in self._stack.calls["loss_guidance"]:
+            if guide.name in acted - self._disabled and (pull := self._pull(done, guide, trunk)):
+                self._trace.append(self._record(done, pull, []))
 
     def after_step(self, moment: Moment, latents: Tensor) -> Tensor:
         """The step's result, moved where the preset says so."""
@@ -184,6 +201,7 @@ class Guides:
             cosine={name: _values(c) for name, c in cosines.items() if c is not None},
             seconds=own.seconds,
             repeat=moment.repeat,
+            final=moment.level is CLEAN,
         )
 
     def _pull(self, moment: Moment, guide: Call, trunk: Trunk) -> Pull | None:
@@ -222,11 +240,13 @@ class Guides:
 
     def _tolerate(self, error: PluginError, moment: Moment, name: str) -> None:
         """Raise, or write the guide's failure into the trace and go on without it."""
-        if self._run.on_error == "raise":
+        final = moment.level is CLEAN  # what a report cannot tell must not cost the picture
+        if self._run.on_error == "raise" and not final:
             raise error
         if self._run.on_error == "disable":
             self._disabled.add(name)
-        self._trace.append(Record(moment.index, moment.level.sigma, name, error=str(error)))
+        sigma = moment.level.sigma
+        self._trace.append(Record(moment.index, sigma, name, error=str(error), final=final))
 
 
 def _values(tensor: Tensor) -> tuple[float, ...]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Generator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import images
-from .errors import NonFiniteError
+from .errors import NonFiniteError, PilotfishError
 from .generators import Generators, draw
 from .guides import Guides
 from .prompts import Prompts
@@ -65,8 +66,32 @@ class Sampling:
                     latents = moment.x0().to(latents.dtype)
                     break
             self.final = latents
+            if self.run.decoder != "vae":
+                self.guides.judge(moment, latents, lambda _: self.finished[1])
         finally:
             self.stack.teardown(self._for_run)
+
+    @cached_property
+    @torch.no_grad()
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """The final latents, and their image by the VAE: once more in float32 if not finite.
+
+        Raises:
+            NonFiniteError: it is not finite then either.
+            PilotfishError: the run was ended by `close` or by an error before.
+        """
+        latents = self.final
+        if latents is None:
+            raise PilotfishError("this run was ended before it was done; it has no result")
+        image = self.model.decode(latents)
+        if not images.is_finite(image):
+            image = self.model.decode_float32(latents)
+        if not images.is_finite(image):
+            raise NonFiniteError(
+                f"the decoded picture is not finite (latents between {latents.min():.3g} and "
+                f"{latents.max():.3g}); lower the guides' scale or guidance_scale"
+            )
+        return latents, image
 
     def _predicted(self, index: int, latents: Tensor, prompts: Prompts, repeat: int = 0) -> Moment:
         """A step up to its prediction, as the guides leave it."""

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from . import schedulers
+from . import decoders, schedulers
 from .errors import InputError, ModelError
 from .noise import at_least_float32
 from .text import Conditioning, Embedding, TextEncoder
@@ -56,6 +56,9 @@ class LatentDiffusion(Protocol):
 
     def decode_float32(self, latents: Tensor) -> Tensor:
         """As `decode`, with the decoder itself in float32."""
+
+    def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """`decode`, or what stands in for it where guides look; see `Run.decoder`."""
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents."""
@@ -106,6 +109,7 @@ class StableDiffusion:
         self.device = torch.device(pipeline._execution_device)
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)
+        self._tinies: dict[str, Any] = {}
         self.text_encoders: tuple[TextEncoder, ...] = (
             TextEncoder("text_encoder", self.tokenizer, self.text_encoder, self._spell),
         )
@@ -168,6 +172,25 @@ class StableDiffusion:
             return self.decode(latents.float())
         finally:
             self.vae.to(dtype)  # exact: float32 holds every half-precision number
+
+    def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """`decode`, or what stands in for it where guides look; see `Run.decoder`.
+
+        Raises:
+            InputError, ModelError: see `decoders`.
+        """
+        kind, _, place = name.partition(":")
+        if kind != "tiny":
+            return self.decode if kind == "vae" else self._enlarged_rgb
+        target = decoders.locate_tiny(place, self.folder)
+        if target not in self._tinies:
+            channels = int(self.unet.config.in_channels)
+            tiny = decoders.load_tiny(target, channels, self.factor, self.dtype)
+            self._tinies[target] = tiny.to(self.device)
+        return partial(decoders.decode_tiny, self._tinies[target])
+
+    def _enlarged_rgb(self, latents: Tensor) -> Tensor:
+        return decoders.enlarged(self.rgb(latents), self.factor)
 
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents: the mean of the VAE's posterior."""

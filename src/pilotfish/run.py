@@ -32,6 +32,7 @@ class Options(TypedDict, total=False):
     width: int | None
     checkpointing: Literal["auto", "on", "off"]
     on_error: Literal["raise", "skip", "disable"]
+    decoder: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class Run:
             100 million parameters.
         on_error: a guide that fails: "raise", "skip" that step, or "disable" it from there on. The
             trace names it.
+        decoder: what `step.image` is decoded by. "vae": the model's own. Cheaper, with another
+            gradient: "tiny:FOLDER_OR_HUB_ID", an `AutoencoderTiny` of diffusers for the same
+            latents; "tiny", the one in `tiny_vae/` of the model's folder; "linear", `step.rgb`
+            enlarged. The finished pictures come from the VAE, and the trace ends with each guide's
+            loss on them.
         plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
             of a function, or of a class that cannot be imported again.
         model_id: folder or hub id of the model; None if unknown.
@@ -73,6 +79,7 @@ class Run:
     width: int | None = None
     checkpointing: Literal["auto", "on", "off"] = "auto"
     on_error: Literal["raise", "skip", "disable"] = "raise"
+    decoder: str = "vae"
     plugins: tuple[Mapping[str, Any], ...] = ()
     model_id: str | None = None
     dtype: str | None = None
@@ -95,6 +102,7 @@ class Run:
             )
         _check_choice("checkpointing", self.checkpointing, ("auto", "on", "off"))
         _check_choice("on_error", self.on_error, ("raise", "skip", "disable"))
+        _check_decoder(self.decoder)
         find_preset(self.preset)
 
     @property
@@ -194,6 +202,15 @@ def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
 def _check_whole(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
+
+
+def _check_decoder(value: object) -> None:
+    kind, colon, place = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in ("vae", "tiny", "linear") or (colon and (kind != "tiny" or not place)):
+        raise InputError(
+            "decoder must be vae, linear, tiny (the tiny_vae/ of the model's folder) or "
+            f"tiny:FOLDER_OR_HUB_ID; got {value!r}"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-import torch
 from torch import Tensor
 
 from . import images
-from .errors import NonFiniteError, PilotfishError
 from .loop import Sampling
 from .run import Options, Run
 from .stack import Stack
@@ -71,10 +69,8 @@ class Stream(Iterator[Step]):
         """
         for _ in self._steps:
             pass
-        latents = self._sampling.final
-        if latents is None:
-            raise PilotfishError("this run was ended before it was done; it has no result")
-        return Result(decoded(self._sampling.model, latents), latents, self.trace, self.run)
+        latents, image = self._sampling.finished
+        return Result(images.to_pil(image), latents, self.trace, self.run)
 
 
 class Sampler:
@@ -129,21 +125,3 @@ class Sampler:
             options.pop("seed", None)
         run = Run(prompt=prompt, **cast("dict[str, Any]", options))
         return Stream(Sampling(self.model, run, stack))
-
-
-@torch.no_grad()
-def decoded(model: LatentDiffusion, latents: Tensor) -> list[Image]:
-    """Pictures; a picture that is not finite is decoded once more in float32.
-
-    Raises:
-        NonFiniteError: it is not finite then either.
-    """
-    image = model.decode(latents)
-    if not images.is_finite(image):
-        image = model.decode_float32(latents)
-    if not images.is_finite(image):
-        raise NonFiniteError(
-            f"the decoded picture is not finite (latents between {latents.min():.3g} and "
-            f"{latents.max():.3g}); lower the guides' scale or guidance_scale"
-        )
-    return images.to_pil(image)

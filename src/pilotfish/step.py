@@ -140,10 +140,10 @@ class Step:
 
     @property
     def image(self) -> Tensor:
-        """Decoded x0 (B, 3, 8H, 8W) in [0, 1], not clamped; costs a decode, once a step."""
+        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
         if self._leaves is not None:
             return self._leaves("image")
-        return self._moment.view("image", self.run.model.decode)
+        return self._moment.view("image", self.run.model.decoder(self.run.decoder))
 
     @property
     def rgb(self) -> Tensor:

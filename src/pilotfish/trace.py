@@ -22,6 +22,8 @@ class Record:
         repeat: how often this step had been taken before, under a preset with recurrence.
         seconds: spent in the guide's own loss and its gradient; building what guides share, such
             as the decoded picture, is counted for nobody.
+        final: of the finished picture, decoded by the VAE, where the run's `decoder` is another
+            one: each guide that acted has one such record, after its last step.
         error: what went wrong, where `on_error` let the run go on without the guide.
     """
 
@@ -35,6 +37,7 @@ class Record:
     seconds: float = 0.0
     error: str | None = None
     repeat: int = 0
+    final: bool = False
 
 
 class Trace(list[Record]):
@@ -51,12 +54,15 @@ class Trace(list[Record]):
 
     def losses(self, plugin: str) -> list[float]:
         """One guide's loss over the steps on which it acted, mean over the images."""
-        return [sum(r.loss) / len(r.loss) for r in self.of(plugin) if r.loss]
+        return [_mean(r.loss) for r in self.of(plugin) if r.loss and not r.final]
+
+    def final_loss(self, plugin: str) -> float | None:
+        """One guide's loss on the finished picture, mean over the images; see `Record.final`."""
+        return next((_mean(r.loss) for r in self.of(plugin) if r.loss and r.final), None)
 
     def cosines(self, plugin: str, other: str) -> list[float]:
         """Two guides' cosine over the steps on which it is known, mean over the images."""
-        found = [r.cosine[other] for r in self.of(plugin) if other in r.cosine]
-        return [sum(cosine) / len(cosine) for cosine in found]
+        return [_mean(r.cosine[other]) for r in self.of(plugin) if other in r.cosine]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Plain data, for JSON or a data frame."""
@@ -80,11 +86,15 @@ class Trace(list[Record]):
         figure = Figure(figsize=(8, 5), layout="constrained")
         losses, shares = figure.subplots(2, 1, sharex=True)
         for plugin in self.plugins:
-            records = [r for r in self.of(plugin) if r.loss]
+            records = [r for r in self.of(plugin) if r.loss and not r.final]
             steps = [r.index for r in records]
             losses.plot(steps, self.losses(plugin), marker=".", label=plugin)
-            shares.plot(steps, [sum(r.share) / len(r.share) for r in records], marker=".")
+            shares.plot(steps, [_mean(r.share) for r in records], marker=".")
         losses.set_ylabel("loss")
         losses.legend()
         shares.set(ylabel="share of the move", xlabel="step", ylim=(0, 1.05))
         return figure
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values)

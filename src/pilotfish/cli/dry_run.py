@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import guidance, loading, schedulers
+from ..decoders import locate_tiny
 from ..generators import seeded
 from ..noise import NoiseLevel
 from ..plugin import Guide, Plugin
@@ -91,6 +92,7 @@ class Plan:
             ("images", f"{run.num_images}, {size}, seed {run.seed}"),
             ("steps", self._steps()),
             ("preset", described(preset)),
+            ("decoder", run.decoder),
         ]
         plugins = [f"  {i}. {p.text()}" for i, p in enumerate(self.plugins, 1)]
         stack = "plugins, in order" if plugins else "no plugins: the model alone"
@@ -124,13 +126,16 @@ def plan(
     """Check what can be checked without weights, and say what each plugin would do.
 
     Raises:
-        InputError: model, device, dtype or scheduler do not exist.
+        InputError: model, device, dtype, scheduler or tiny decoder do not exist.
     """
     if device is not None:
         loading.parse_device(device)
     loading.parse_dtype(dtype)
     folder = loading.locate(model_name)
     scheduler = scheduler_of(run, Path(folder))
+    kind, _, place = run.decoder.partition(":")
+    if kind == "tiny" and (place or Path(folder).is_dir()):
+        locate_tiny(place, Path(folder))
     num_steps = len(scheduler.timesteps) if scheduler is not None else None
     return Plan(
         model=str(model_name or "emoji"),

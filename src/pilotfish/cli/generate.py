@@ -75,6 +75,11 @@ def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple
     type=click.Choice(["raise", "skip", "disable"]),
     help="Where a guide fails: stop, skip that step, or go on without it.  [default: raise]",
 )
+@click.option(
+    "--decoder",
+    metavar="vae|tiny|tiny:FOLDER|linear",
+    help="What guides see by: the model's decoder, or a cheaper one.  [default: vae]",
+)
 @click.option("--run", "run_file", metavar="RUN.toml", help="Repeat a run; options override it.")
 @click.option(
     "-s",

@@ -14,7 +14,10 @@ from ..run import Options, Run
 from ..stack import by_name
 
 # Keys of a run whose value on the command line is text as it stands; the others are TOML values.
-TEXT_KEYS = ("prompt", "negative_prompt", "preset", "model", "dtype", "checkpointing", "on_error")
+TEXT_KEYS = (
+    *("prompt", "negative_prompt", "preset", "model", "dtype", "checkpointing", "on_error"),
+    "decoder",
+)
 
 
 def compose(

@@ -30,7 +30,9 @@ def _guide_lines(trace: Trace) -> Iterator[str]:
     for name in trace.plugins:
         losses, failed = trace.losses(name), [r for r in trace.of(name) if r.error]
         if losses:
-            yield f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} ({len(losses)} steps)"
+            final = trace.final_loss(name)
+            by_vae = "" if final is None else f"; {final:.4g} by the VAE"
+            yield f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} ({len(losses)} steps){by_vae}"
         if failed:
             yield f"{name}: failed at {len(failed)} steps, the first time: {failed[0].error}"
 
@@ -44,6 +46,7 @@ def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]
         guides[name] = {
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
+            "final_loss": trace.final_loss(name),
             "steps": len(losses),
             "errors": [r.error for r in trace.of(name) if r.error],
         }
