@@ -1,6 +1,7 @@
 """The quality benchmark: its plan, its pictures, and its scores."""
 
 import math
+import pickle
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -157,3 +158,10 @@ def test_a_run_that_breaks_is_the_least_of_all(curves, monkeypatch):
     point = curves.points.Point(curves.points.Series("label", "balanced"), 1e9)
     assert scores.merit(point) == -math.inf
     assert scores.row(point) is None
+
+
+def test_a_worker_knows_a_point_by_the_same_file(curves):
+    points = curves.points
+    for series in (*points.FLOORS, *points.all_series()):
+        point = points.Point(series, 1.0)
+        assert pickle.loads(pickle.dumps(point)).file("w", 0) == point.file("w", 0)

@@ -51,7 +51,7 @@ class Series:
     @property
     def prompted(self) -> bool:
         """Whether there is a prompt: colours are asked for beside one."""
-        return self.task != "label" or self is PROMPTED
+        return self.task != "label" or self.name == PROMPTED.name
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def texts(series: Series, batch: int) -> list[str]:
 
 # ---- all series ----
 
-# Where the search over scales starts: near the best of first trials; 1 where none is given.
+# Where the search over scales starts, from first trials or guessed; 1 where none is given.
 STARTS = {
     "label": {"balanced": 4.0},
     "blue": {"deep-dive": 200.0, "clip-guided": 200.0, "dps": 200.0, "dsg": 2.0}
