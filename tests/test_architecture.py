@@ -37,7 +37,7 @@ ALLOWED = {
     "model": {"decoders", "noise", "schedulers", "text", "torchvision_fakes"},
     "loading": {"model", "registry"},
     "step": {"guidance", "images", "noise", "run", "text"},
-    "regions": set(),
+    "regions": {"images"},
     "guides": {
         *("generators", "guidance", "noise", "plugin", "presets", "regions", "rules", "run"),
         *("schedule", "stack", "step", "trace"),

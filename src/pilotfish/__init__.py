@@ -18,6 +18,7 @@ from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
     from .generators import draw
+    from .images import pixels, read_picture
     from .run import Run
     from .sampler import Result, Sampler, Stream
     from .step import Step
@@ -50,6 +51,8 @@ __all__ = [
     "hookimpl",
     "load",
     "mend_torchvision",
+    "pixels",
+    "read_picture",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
@@ -64,6 +67,8 @@ _LAZY = {
     "Trace": "trace",
     "draw": "generators",
     "mend_torchvision": "torchvision_fakes",
+    "pixels": "images",
+    "read_picture": "images",
 }
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, SettingsError
+
+PIXELS = 50_000_000  # in a picture file, before it is read
 
 
 def to_pil(image: Tensor) -> list[Image.Image]:
@@ -19,6 +24,48 @@ def to_pil(image: Tensor) -> list[Image.Image]:
     """
     pixels = image.detach().float().clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
     return [Image.fromarray(p) for p in (pixels * 255).round().astype("uint8")]
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """A picture as (1, C, H, W) in [0, 1], float32."""
+    values = np.asarray(picture, np.float32) / 255
+    channels = values.reshape(picture.height, picture.width, -1)
+    return torch.from_numpy(channels).permute(2, 0, 1).unsqueeze(0)
+
+
+def read_picture(
+    path: str | Path,
+    what: str,
+    *,
+    mode: Literal["RGB", "L"] = "RGB",
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """A picture from a file, upright; what is transparent is white, or black in mode "L".
+
+    Args:
+        what: for errors: what it is to be, such as "Clip: image".
+        mode: "RGB", or "L" for a mask.
+        size: (height, width); the middle is cut to that shape and resized. Without, or where it has
+            that size, every pixel stays.
+
+    Raises:
+        SettingsError: it cannot be read, or is too large.
+    """
+    try:
+        with Image.open(path) as file:
+            if math.prod(file.size) > PIXELS:
+                raise ValueError(f"{file.size} pixels; at most {PIXELS} in all are read")
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SettingsError(
+            f"{what} must be a picture that Pillow can read; got {str(path)!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
+    flat = Image.alpha_composite(ground, picture).convert(mode)
+    if size is None:
+        return flat
+    return ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)
 
 
 def preview(rgb: Tensor, factor: int = 8) -> list[Image.Image]:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from .errors import SettingsError
+from .images import read_picture
 
 SIDE = 512  # of the picture that a box is drawn in
 
@@ -33,7 +34,10 @@ class Region:
     """
 
     def __init__(self, owner: str, mask: Path | Sequence[float], soft_edge: float) -> None:
-        picture = _picture(owner, mask) if isinstance(mask, Path) else _box(mask)
+        if isinstance(mask, Path):
+            picture = read_picture(mask, f"{owner}: mask", mode="L")
+        else:
+            picture = _box(mask)
         radius = soft_edge * min(picture.size) / 2  # a standard deviation: most of the fade is 2
         self._picture = picture.filter(ImageFilter.GaussianBlur(radius)) if radius else picture
         if not self._picture.getbbox():
@@ -49,17 +53,6 @@ class Region:
         height, width = size
         resized = self._picture.resize((width, height), Image.Resampling.BOX)
         return torch.from_numpy(np.asarray(resized, np.float32) / 255)[None, None]
-
-
-def _picture(owner: str, path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("L")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise SettingsError(
-            f"{owner}: mask must be a picture that Pillow can read; got {str(path)!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
 
 
 def _box(fractions: Sequence[float]) -> Image.Image:

@@ -11,10 +11,10 @@ import tomli_w
 import torch
 from PIL import Image
 from pilotfish_likeness import Reference
-from pilotfish_likeness.reference import Target, covered, lowpass, pixels
+from pilotfish_likeness.reference import Target, covered, lowpass
 from torch import Tensor
 
-from pilotfish import SettingsError
+from pilotfish import SettingsError, pixels, read_picture
 from pilotfish.testing import check_plugin, random_sampler
 
 
@@ -36,6 +36,11 @@ def mask_file(folder, *box: int, size: tuple[int, int] = (32, 32)):
     mask.paste(255, box)
     mask.save(folder / "mask.png")
     return folder / "mask.png"
+
+
+def content_of(path) -> Tensor:
+    """What a run of 32 x 32 pixels compares with."""
+    return pixels(read_picture(path, "a picture", size=(32, 32)))
 
 
 def random_field(batch: int = 1, height: int = 10, width: int = 12, seed: int = 0) -> Tensor:
@@ -216,33 +221,16 @@ def test_a_box_equals_the_same_box_as_a_mask_picture(space, sampler, picture_fil
 
 
 def test_in_image_space_the_picture_itself_is_at_distance_zero(sampler, picture_file):
-    content = pixels(picture_file, "image", "RGB", (32, 32))
+    content = content_of(picture_file)
     assert loss(Reference(image=picture_file, space="image"), sampler, content).item() == 0
 
 
 def test_in_latent_space_the_pictures_encoding_is_at_distance_zero(sampler, picture_file):
     with torch.no_grad():
-        latents = sampler.model.encode(pixels(picture_file, "image", "RGB", (32, 32)))
+        latents = sampler.model.encode(content_of(picture_file))
     guide = Reference(image=picture_file)
     assert loss(guide, sampler, latents).item() == 0
     assert loss(guide, sampler, latents + 0.5).item() == pytest.approx(0.25, rel=1e-4)
-
-
-def test_of_a_picture_of_another_shape_the_middle_is_taken(tmp_path):
-    wide = Image.new("RGB", (60, 20), "#0f0")
-    wide.paste("#f00", (20, 0, 40, 20))
-    wide.save(tmp_path / "wide.png")
-    middle = pixels(tmp_path / "wide.png", "image", "RGB", (16, 16))
-    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand_as(middle)
-    # Pillow's filter reaches over the cut.
-    torch.testing.assert_close(middle, red, atol=0.03, rtol=0)
-
-
-def test_pictures_of_other_modes_are_read(tmp_path):
-    for mode in ("L", "P", "RGBA", "CMYK"):
-        path = tmp_path / f"gray.{'jpg' if mode == 'CMYK' else 'png'}"
-        Image.new("RGB", (16, 16), "#999999").convert(mode).save(path)
-        assert pixels(path, "image", "RGB", (8, 8)).mul(255).sub(153).abs().max() <= 2
 
 
 def test_a_file_that_is_no_picture_or_too_large_is_refused_before_the_first_step(
@@ -253,7 +241,7 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused_before_the_first_step
         next(sampler.stream("", plugins=[Reference(image=tmp_path / "text.png")]))
     with pytest.raises(SettingsError, match=r"region must be.*none\.png' \(FileNotFoundError"):
         next(sampler.stream("", plugins=[Reference(image=picture_file, region="none.png")]))
-    monkeypatch.setattr("pilotfish_likeness.reference.PIXELS", 48 * 40 - 1)
+    monkeypatch.setattr("pilotfish.images.PIXELS", 48 * 40 - 1)
     with pytest.raises(SettingsError, match=r"\(48, 40\) pixels; at most 1919"):
         next(sampler.stream("", plugins=[Reference(image=picture_file)]))
 

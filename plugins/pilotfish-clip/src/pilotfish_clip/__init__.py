@@ -11,10 +11,10 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pilotfish import Guide, Setting
+from pilotfish import Guide, Setting, pixels, read_picture
 
 from .networks import CHECKPOINT, MODEL, Networks, choose, load
-from .views import cut, picture_of
+from .views import cut
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
@@ -80,7 +80,7 @@ class Clip(Guide):
     def setup(self, run: Run) -> None:
         settings, device = self.settings, run.model.device
         name, checkpoint = choose(settings.model, settings.pretrained, run)
-        picture = None if settings.image is None else picture_of(settings.image).to(device)
+        picture = settings.image and pixels(read_picture(settings.image, "Clip: image")).to(device)
         networks = load(name, checkpoint, device, run.model.dtype)
         if picture is None:
             features = networks.read(list(settings.text))  # (T, D)

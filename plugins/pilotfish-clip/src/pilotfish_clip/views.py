@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from pilotfish import SettingsError
-
 SMALLEST = 0.5  # side of a cutout, as a fraction of the picture's shorter side
-PIXELS = 50_000_000  # in a picture file, before it is read
 
 Kernel = Callable[[Tensor], Tensor]
 
@@ -92,22 +85,3 @@ def cubic(distance: Tensor) -> Tensor:
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
-
-
-def picture_of(path: Path) -> Tensor:
-    """A picture file as (1, 3, H, W) in [0, 1].
-
-    Raises:
-        SettingsError: it cannot be read, or is too large.
-    """
-    try:
-        with Image.open(path) as picture:
-            if math.prod(picture.size) > PIXELS:
-                raise ValueError(f"{picture.size} pixels; at most {PIXELS} in all are read")
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"), np.float32) / 255
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SettingsError(
-            f"Clip: image must be a picture that Pillow can read; got {str(path)!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)

@@ -14,7 +14,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from pilotfish import Guide, Setting, SettingsError
+from pilotfish import Guide, Setting, read_picture
 
 if TYPE_CHECKING:
     from pilotfish import Step
@@ -25,7 +25,6 @@ SIDE = 32  # cells a side at most; a cell is the mean of its pixels
 SOFTNESS = 0.005  # squared Oklab distance over which a cell divides itself among colours
 ROUNDS = 30  # fixed, so that an image does not depend on its neighbours; shares are met to 2 %
 LEAST = 0.5  # of an even share, for each colour where no weights are given
-PIXELS = 50_000_000  # in a picture file, before it is read
 
 
 class Blue(Guide):
@@ -172,17 +171,9 @@ def colors_of(path: Path, count: int) -> tuple[list[str], list[float]]:
     Raises:
         SettingsError: it cannot be read, or is too large.
     """
-    try:
-        with Image.open(path) as picture:
-            if math.prod(picture.size) > PIXELS:
-                raise ValueError(f"{picture.size} pixels; at most {PIXELS} in all are read")
-            picture.thumbnail((256, 256), Image.Resampling.NEAREST)  # others mix colours
-            reduced = picture.convert("RGB").quantize(count, Image.Quantize.MEDIANCUT, kmeans=1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SettingsError(
-            f"Palette: image must be a picture that Pillow can read; got {str(path)!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    picture = read_picture(path, "Palette: image")
+    picture.thumbnail((256, 256), Image.Resampling.NEAREST)  # others mix colours
+    reduced = picture.quantize(count, Image.Quantize.MEDIANCUT, kmeans=1)
     pixels = reduced.convert("RGB").tobytes()
     found = Counter(pixels[i : i + 3].hex() for i in range(0, len(pixels), 3)).most_common()
     return [f"#{color}" for color, _ in found], [round(3 * n / len(pixels), 4) for _, n in found]

@@ -7,18 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from pydantic import field_validator
 from torch import Tensor
 
-from pilotfish import Guide, Setting, SettingsError
+from pilotfish import Guide, Setting, SettingsError, pixels, read_picture
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
-
-PIXELS = 50_000_000  # in a picture file, before it is read
 
 Box = tuple[float, float, float, float]
 
@@ -74,7 +70,8 @@ class Reference(Guide):
     def setup(self, run: Run) -> None:
         settings, model = self.settings, run.model
         size = cast("tuple[int, int]", (run.height, run.width))  # known once a run is set up
-        content = pixels(settings.image, "image", "RGB", size).to(model.device)
+        picture = read_picture(settings.image, "Reference: image", size=size)
+        content = pixels(picture).to(model.device)
         if settings.space == "latent":
             content = model.encode(content).float()
         weights = region_weights(settings.region, size, (content.shape[2], content.shape[3]))
@@ -146,7 +143,7 @@ def region_weights(
         SettingsError: nothing lies inside.
     """
     if isinstance(region, Path):
-        mask = pixels(region, "region", "L", size)
+        mask = pixels(read_picture(region, "Reference: region", mode="L", size=size))
         weights = torch.nn.functional.adaptive_avg_pool2d(mask, cells)
     else:
         left, top, right, bottom = region or (0, 0, 1, 1)
@@ -161,24 +158,3 @@ def covered(start: float, end: float, cells: int) -> Tensor:
     """How much of each of `cells` lies between two fractions of a line."""
     edges = torch.arange(cells + 1, dtype=torch.float64).clamp(start * cells, end * cells)
     return edges.diff()
-
-
-def pixels(path: Path, setting: str, mode: str, size: tuple[int, int]) -> Tensor:
-    """A picture file, its middle cut to the shape asked for and resized: (1, C, *size) in [0, 1].
-
-    Raises:
-        SettingsError: it cannot be read, or is too large.
-    """
-    try:
-        with Image.open(path) as picture:
-            if math.prod(picture.size) > PIXELS:
-                raise ValueError(f"{picture.size} pixels; at most {PIXELS} in all are read")
-            upright = ImageOps.exif_transpose(picture).convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SettingsError(
-            f"Reference: {setting} must be a picture that Pillow can read; got {str(path)!r} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    fitted = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.LANCZOS)
-    values = np.asarray(fitted, np.float32).reshape(*size, -1) / 255
-    return torch.from_numpy(values).permute(2, 0, 1).unsqueeze(0)

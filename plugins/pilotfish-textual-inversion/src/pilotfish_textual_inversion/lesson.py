@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from pilotfish import InputError
+from pilotfish import InputError, pixels, read_picture
 
 from .plan import Plan, check_caption
-
-PIXELS = 50_000_000  # in a picture file, before it is read
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,9 @@ def read_lesson(model: Any, paths: Sequence[Path], plan: Plan) -> Lesson:
     if not paths:
         raise InputError("pictures must be one or more files; got none")
     _, height, width = model.latent_shape(None, None)
-    size = (width * model.factor, height * model.factor)
+    size = (height * model.factor, width * model.factor)
     captions = tuple(captions_of(path, plan) for path in paths)
-    pictures = tuple(read_picture(path, size) for path in paths)
+    pictures = tuple(read_picture(path, "a picture to learn from", size=size) for path in paths)
     latents = [model.encode(pixels(picture)).float().cpu() for picture in pictures]
     return Lesson(pictures, torch.cat(latents), captions)
 
@@ -93,29 +90,3 @@ def captions_of(path: Path, plan: Plan) -> tuple[str, ...]:
     for caption in captions:
         check_caption(caption, f"{beside}: caption")
     return captions
-
-
-def read_picture(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A picture in RGB, upright, what is transparent on white, its middle resized to `size`.
-
-    Raises:
-        InputError: Pillow cannot read it, or it is too large.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > PIXELS:
-                raise InputError(f"{path} has {file.size} pixels; at most {PIXELS} are read")
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except OSError as error:
-        raise InputError(
-            f"{path} is no picture that Pillow can read ({type(error).__name__})"
-        ) from error
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    return ImageOps.fit(flat, size, Image.Resampling.LANCZOS)
-
-
-def pixels(picture: Image.Image) -> Tensor:
-    """An RGB picture as (1, 3, H, W) in [0, 1]."""
-    values = torch.from_numpy(np.array(picture))  # (H, W, 3)
-    return values.permute(2, 0, 1)[None].float() / 255
