@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
-from pilotfish import Embedding, Step, hookspecs
+from pilotfish import Embedding, Start, Step, hookspecs
 
 FILE = Path(__file__).with_name("hooks.md")
 
@@ -30,10 +31,13 @@ def page() -> str:
         "## What a step shows",
         "`step` is read-only. Its values are made when they are first read, and shared: ten "
         "plugins that read the picture cost one decode.",
-        attributes(Step),
+        meanings(*members("step.", Step)),
+        "## What a start shows",
+        *paragraphs(inspect.getdoc(Start) or "")[:1],
+        meanings(*fields("start.", Start), *members("start.", Start)),
         "## What an embedding holds",
         *paragraphs(inspect.getdoc(Embedding) or "")[:1],
-        fields(),
+        meanings(*fields("", Embedding)),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -93,26 +97,26 @@ def spaced(lines: list[str]) -> Iterator[str]:
         yield line
 
 
-def attributes(kind: type) -> str:
-    """The public properties and methods of a class."""
-    rows = ["| name | meaning |", "|---|---|"]
+def meanings(*rows: str) -> str:
+    """A table of names."""
+    return "\n".join(["| name | meaning |", "|---|---|", *rows])
+
+
+def members(owner: str, kind: type) -> Iterator[str]:
+    """A row for each public property and method of a class."""
     for name, member in vars(kind).items():
-        if name.startswith("_"):
-            continue
-        text = inspect.getdoc(member) or ""
-        call = "" if isinstance(member, property) else "()"
-        rows.append(f"| `step.{name}{call}` | {' '.join(text.split())} |")
-    return "\n".join(rows)
+        if not name.startswith("_") and inspect.getdoc(member):
+            text = (inspect.getdoc(member) or "").partition("\n\nArgs:")[0]
+            call = "" if isinstance(member, property) else "()"
+            yield f"| `{owner}{name}{call}` | {' '.join(text.split())} |"
 
 
-def fields() -> str:
-    """The fields of an embedding, as its docstring tells them."""
-    text = (inspect.getdoc(Embedding) or "").partition("Attributes:\n")[2]
+def fields(owner: str, kind: Any) -> Iterator[str]:
+    """A row for each public field of a dataclass, as its docstring tells it."""
+    text = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
     told = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, flags=re.M))
-    rows = ["| name | meaning |", "|---|---|"]
-    for field in dataclasses.fields(Embedding):
-        rows.append(f"| `{field.name}` | {' '.join(told[field.name].split())} |")
-    return "\n".join(rows)
+    for name in (f.name for f in dataclasses.fields(kind) if not f.name.startswith("_")):
+        yield f"| `{owner}{name}` | {' '.join(told[name].split())} |"
 
 
 if __name__ == "__main__":

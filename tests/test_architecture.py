@@ -37,14 +37,15 @@ ALLOWED = {
     "model": {"decoders", "noise", "schedulers", "text", "torchvision_fakes"},
     "loading": {"model", "registry"},
     "step": {"guidance", "images", "noise", "run", "text"},
+    "start": set(),
     "regions": {"images"},
     "guides": {
         *("generators", "guidance", "noise", "plugin", "presets", "regions", "rules", "run"),
         *("schedule", "stack", "step", "trace"),
     },
     "loop": {
-        *("generators", "guides", "images", "prompts", "run", "schedule", "stack", "step", "text"),
-        "trace",
+        *("generators", "guides", "images", "prompts", "run", "schedule", "stack", "start"),
+        *("step", "text", "trace"),
     },
     "sampler": {"images", "loop", "run", "stack", "step", "trace"},
     "exact": {"noise", "schedulers", "text"},

@@ -93,6 +93,53 @@ def test_start_latents_sets_where_the_run_starts(sampler):
     assert seen[0][1] == 1
 
 
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "heun", "kdpm2", "dpmsolver-multistep"])
+def test_a_start_adds_noise_of_the_level_of_its_step(sampler, scheduler):
+    class Late(Plugin):
+        def start_latents(self, run, start):
+            self.x0, self.noise = (
+                draw((1, 4, 16, 16), start.generator, torch.float32) for _ in "12"
+            )
+            return start.noised(self.x0, self.noise, 2 * start.order), 2 * start.order
+
+        def before_step(self, step):
+            if step.index == self.first:
+                expected = step.alpha * self.x0 + step.sigma * self.noise
+                torch.testing.assert_close(step.latents, expected, rtol=1e-4, atol=1e-4)
+                self.checked = True
+
+    plugin = Late()
+    plugin.first = 4 if scheduler in ("heun", "kdpm2") else 2
+    sampler("a cat", plugins=[plugin], steps=4, seed=0, scheduler=scheduler)
+    assert plugin.checked
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler-ancestral"])
+def test_a_start_draws_from_the_runs_own_generators(sampler, latents_of, scheduler):
+    class Noise(Plugin):
+        def start_latents(self, run, start):
+            size = run.model.new_scheduler(scheduler)
+            size.set_timesteps(run.steps)
+            noise = draw((run.num_images, 4, 16, 16), start.generator, run.model.dtype)
+            return noise * size.init_noise_sigma, 0
+
+    run = {"scheduler": scheduler, "num_images": 2}
+    assert torch.equal(latents_of(Noise(), **run), latents_of(**run))
+
+
+def test_encoding_with_generators_draws_from_the_posterior_as_diffusers_does(sampler, pipeline):
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seeds = (1, 2)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(image * 2 - 1).latent_dist
+        drawn = sampler.model.encode(image, [torch.Generator().manual_seed(s) for s in seeds])
+        mean = sampler.model.encode(image)
+    for latents, seed in zip(drawn, seeds, strict=True):
+        expected = posterior.sample(torch.Generator().manual_seed(seed))[0]
+        assert torch.equal(latents, expected * pipeline.vae.config.scaling_factor)
+    assert torch.equal(mean, posterior.mean * pipeline.vae.config.scaling_factor)
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "lms", "dpmsolver-multistep", "heun"])
 def test_stopping_and_starting_again_at_a_step_continues_the_run(sampler, scheduler):
     """What start_latents is given at step k goes on as a run that was at step k would."""
@@ -163,10 +210,8 @@ def test_on_predicted_x0_that_returns_its_input_changes_nothing(latents_of):
 def test_advance_replaces_the_schedulers_step(sampler):
     class Euler(Plugin):
         def advance(self, step):
-            sigmas = step.run.model.new_scheduler("euler")
-            sigmas.set_timesteps(step.run.steps)
-            after = float(sigmas.sigmas[step.index + 1])
-            return step.latents + (after - step.sigma) * step.eps
+            assert (step.next_alpha, step.alpha) == (1, 1)
+            return step.latents + (step.next_sigma - step.sigma) * step.eps
 
     run = {"steps": 5, "seed": 0, "scheduler": "euler"}
     ours = sampler("a cat", plugins=[Euler()], **run).latents
@@ -184,6 +229,22 @@ def test_stop_ends_the_run_and_its_x0_is_the_result(sampler):
     steps = sampler.stream("a cat", plugins=[plugin], steps=5, seed=0)
     assert len(list(steps)) == 2
     torch.testing.assert_close(steps.result().latents, plugin.x0)
+
+
+def test_what_stop_is_given_is_the_result_and_what_the_stream_shows(sampler):
+    class Enough(Plugin):
+        def after_step(self, step):
+            step.stop(2 * step.x0)
+
+    class Look(Plugin):
+        def on_predicted_x0(self, x0):
+            self.x0 = x0
+
+    look = Look()
+    (step, *rest) = (stream := sampler.stream("a cat", plugins=[look, Enough()], steps=5, seed=0))
+    assert not rest
+    assert torch.equal(step.x0, 2 * look.x0)
+    assert torch.equal(stream.result().latents, 2 * look.x0)
 
 
 def test_breaking_out_of_a_stream_tears_the_plugins_down(sampler):

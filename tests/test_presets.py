@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from pilotfish import PRESETS, Guide, InputError, Preset, Sampler, draw
+from pilotfish import PRESETS, Guide, InputError, Plugin, Preset, Sampler, draw
 from pilotfish.generators import seeded
 from pilotfish.guides import RECURRENCE, SAMPLES
 from pilotfish.noise import noise_level
@@ -252,6 +252,15 @@ def test_other_schedulers_take_a_step_twice_and_count_it_once(sampler, scheduler
     run = {"preset": preset, "steps": 5, "scheduler": scheduler, "seed": 0}
     result = sampler("a cat", plugins=[Curved(start=0.2, stop=0.6)], **run)
     assert [(r.index, r.repeat) for r in result.trace] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_plugin_that_takes_the_step_itself_is_refused_by_dsg(sampler):
+    class Still(Plugin):
+        def advance(self, step):
+            return step.latents
+
+    with pytest.raises(InputError, match="'dsg' turns the noise .* a plugin takes the step in its"):
+        sampler("a cat", plugins=[Curved(), Still()], preset="dsg", scheduler="ddpm", steps=4)
 
 
 def test_a_scheduler_without_noise_is_refused_by_dsg(sampler):

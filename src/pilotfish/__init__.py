@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .images import pixels, read_picture
     from .run import Run
     from .sampler import Result, Sampler, Stream
+    from .start import Start
     from .step import Step
     from .text import Embedding
     from .torchvision_fakes import mend_torchvision
@@ -43,6 +44,7 @@ __all__ = [
     "Sampler",
     "Setting",
     "SettingsError",
+    "Start",
     "Step",
     "Stream",
     "Trace",
@@ -62,6 +64,7 @@ _LAZY = {
     "Result": "sampler",
     "Run": "run",
     "Sampler": "sampler",
+    "Start": "start",
     "Step": "step",
     "Stream": "sampler",
     "Trace": "trace",

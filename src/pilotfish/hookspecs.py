@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .run import Run
+    from .start import Start
     from .step import Step
     from .text import Embedding
 
@@ -87,8 +88,11 @@ def embedding_transform(
 
 
 @hookspec
-def start_latents(run: Run) -> tuple[Tensor, int] | None:
+def start_latents(run: Run, start: Start) -> tuple[Tensor, int] | None:
     """First, once: where the run starts. The core's answer is pure noise at step 0.
+
+    Args:
+        start: the run's own generators, and noise at the level of any step.
 
     Returns:
         Latents (B, C, H, W) at the noise level of the first step, and that step's index.

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from . import images
-from .errors import NonFiniteError, PilotfishError
+from .errors import InputError, NonFiniteError, PilotfishError
 from .generators import Generators, draw
 from .guides import Guides
 from .prompts import Prompts
 from .run import Run
 from .schedule import Schedule
 from .stack import Call, Stack, tensor_problem
+from .start import Start
 from .step import Moment, Step
 from .text import Conditioning
 from .trace import Trace
@@ -108,12 +109,16 @@ class Sampling:
         """Latents and index of the first step: a plugin's, or pure noise."""
         shape = (self.run.num_images, *self.model.latent_shape(self.run.height, self.run.width))
         like = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        scheduler = self.schedule.scheduler
+        start = Start(scheduler.order, self.generators.own, scheduler)
         answer = self.stack.first(
-            "start_latents", self._for_run, lambda new: _start_problem(new, like, self.num_steps)
+            "start_latents",
+            lambda *_: {"run": self.run, "start": start},
+            lambda new: _start_problem(new, like, self.num_steps),
         )
         if answer is None:
             noise = draw(shape, self.generators.own, like.dtype).to(like.device)
-            return noise * self.schedule.scheduler.init_noise_sigma, 0
+            return noise * scheduler.init_noise_sigma, 0
         latents, first = answer
         self.schedule.begin_at(first)
         return latents, first
@@ -131,6 +136,7 @@ class Sampling:
             latents=latents,
             conditioning=prompts.positive,
             generators=self.generators.of,
+            following=lambda: self.schedule.following(index),
             repeat=repeat,
         )
         moment.conditioning, both = prompts.conditioning(
@@ -209,11 +215,17 @@ class Sampling:
             lambda new: tensor_problem(new, moment.latents),
             moment.where,
         )
-        generators = self.generators.own
+        generators, preset = self.generators.own, self.guides.preset
+        direction = moment.after_step if preset.rule == "sphere" else None
+        if latents is not None and direction is not None:
+            raise InputError(
+                f"preset {preset.name!r} turns the noise of the scheduler's step, and a plugin "
+                "takes the step in its place; use another preset"
+            )
         if latents is not None:
             self.schedule.pass_over(moment.index)
-        elif moment.after_step is not None and self.guides.preset.rule == "sphere":
-            return self.schedule.turned_step(moment, generators, moment.after_step)
+        elif direction is not None:
+            return self.schedule.turned_step(moment, generators, direction)
         else:
             latents = self.schedule.step(moment, generators)
         return self.guides.after_step(moment, latents)

@@ -60,8 +60,13 @@ class LatentDiffusion(Protocol):
     def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
         """`decode`, or what stands in for it where guides look; see `Run.decoder`."""
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents."""
+    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents.
+
+        Args:
+            generator: draws from what the encoder deems likely, where it does so; of one picture as
+                many latents as there are generators. None takes the mean.
+        """
 
     def rgb(self, latents: Tensor) -> Tensor:
         """Clean latents -> linear estimate of the colours at latent size (B, 3, H, W)."""
@@ -192,10 +197,18 @@ class StableDiffusion:
     def _enlarged_rgb(self, latents: Tensor) -> Tensor:
         return decoders.enlarged(self.rgb(latents), self.factor)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents: the mean of the VAE's posterior."""
+    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents: the mean of the VAE's posterior.
+
+        Args:
+            generator: draws from the posterior instead; of one picture as many latents as there are
+                generators.
+        """
         scaled = (image * 2 - 1).to(self.device, self.vae.dtype)
-        latents: Tensor = self.vae.encode(scaled).latent_dist.mean * self.vae.config.scaling_factor
+        posterior = self.vae.encode(scaled).latent_dist
+        draws = [posterior.sample(g) for g in generator or ()]
+        unscaled = torch.cat(draws) if draws else posterior.mean
+        latents: Tensor = unscaled * self.vae.config.scaling_factor
         return latents
 
     def rgb(self, latents: Tensor) -> Tensor:

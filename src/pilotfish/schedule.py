@@ -61,7 +61,7 @@ class Schedule:
 
     def begin_at(self, index: int) -> None:
         """Take step `index` first."""
-        if index and hasattr(self.scheduler, "set_begin_index"):
+        if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(index)
 
     def pass_over(self, index: int) -> None:

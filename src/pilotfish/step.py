@@ -12,7 +12,7 @@ from torch import Tensor
 from . import images
 from .errors import PilotfishError
 from .guidance import Leaves
-from .noise import NoiseLevel
+from .noise import CLEAN, NoiseLevel
 from .run import Run
 from .text import Conditioning
 
@@ -32,6 +32,7 @@ class Moment:
     latents: Tensor
     conditioning: Conditioning
     generators: Callable[[str], list[torch.Generator]]
+    following: Callable[[], NoiseLevel] = lambda: CLEAN  # the level after this step
     output: Tensor | None = None
     known_x0: Tensor | None = None
     repeat: int = 0  # how often this step has been taken before
@@ -120,6 +121,16 @@ class Step:
         return self._moment.level.sigma
 
     @property
+    def next_alpha(self) -> float:
+        """`alpha` of the latents that the step leads to; 1 after the last."""
+        return self._moment.following().alpha
+
+    @property
+    def next_sigma(self) -> float:
+        """`sigma` of the latents that the step leads to; 0 after the last."""
+        return self._moment.following().sigma
+
+    @property
     def latents(self) -> Tensor:
         """Noisy latents (B, C, H, W), before this step is taken."""
         return self._moment.latents.detach()
@@ -166,6 +177,8 @@ class Step:
         """Small pictures of x0, without a decode."""
         return images.preview(self.rgb)
 
-    def stop(self) -> None:
-        """End the run after this step; its x0 becomes the result."""
+    def stop(self, x0: Tensor | None = None) -> None:
+        """End the run after this step; its x0, or the one given, becomes the result."""
+        if x0 is not None:
+            self._moment.change_x0(x0)
         self._moment.stopped = True
