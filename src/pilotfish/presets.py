@@ -45,7 +45,8 @@ class Preset:
         recurrence: how often each step is taken: noise is put back in between.
         recurrence_start, recurrence_stop: the part of the run in which it is, as fractions.
         start, stop: the part of the run in which the guides act, within their own windows.
-        combine: "sum", or "project": what a guide's gradient has against another's is taken out.
+        combine: "sum", or "project": what a guide's gradient has against another's is taken out, at
+            the cost of a backward pass through the decoder for each guide.
         trust: a bound on the guides' move, as a multiple of the prompt's pull; None is none.
         source: where it comes from.
     """
@@ -76,6 +77,8 @@ class Preset:
                 "rule 'sphere' turns the noise of a step that is done: it goes with "
                 "gradient='latents' and applied_to='after_step'"
             )
+        if self.rule == "sphere" and self.trust is not None:
+            raise ValueError("rule 'sphere' keeps the length of the step's noise: no trust")
         if self.samples > 1 and self.smoothing == 0:
             raise ValueError("samples > 1 need smoothing > 0: without noise they are all the same")
 

@@ -125,11 +125,19 @@ def _gradients_at_x0(
 def _summed(
     trunks: Sequence[Trunk], pulls: Sequence[Pull], preset: Preset, retain_graph: bool = False
 ) -> Tensor:
-    weighted = [_weighted(pull, preset) for pull in pulls]
-    if preset.combine == "project":
-        weighted = without_conflicts(weighted)
-    unit = preset.rule in UNIT
-    return sum_at_x0(trunks, pulls, weighted, keep_size=unit, retain_graph=retain_graph)
+    """At x0. "project" pulls each guide's gradient back on its own: only there, where the move is
+    made, shows who pulls against whom. What is harmless in the picture may not be in the latents.
+    """
+
+    def at_x0(group: Sequence[Pull], retain_graph: bool) -> Tensor:
+        weighted = [_weighted(pull, preset) for pull in group]
+        unit = preset.rule in UNIT
+        return sum_at_x0(trunks, group, weighted, keep_size=unit, retain_graph=retain_graph)
+
+    if preset.combine == "sum":
+        return at_x0(pulls, retain_graph)
+    parts = [at_x0([pull], retain_graph or pull is not pulls[-1]) for pull in pulls]
+    return torch.stack(without_conflicts(parts)).sum(dim=0)
 
 
 def _through_network(trunk: Trunk, at_x0: Tensor, preset: Preset) -> Tensor:
