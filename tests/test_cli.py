@@ -14,6 +14,7 @@ from PIL import Image
 
 from pilotfish import Guide, Plugin, Setting, hookimpl, registry
 from pilotfish.cli import dry_run, listing, main
+from pilotfish.cli.program import OWN
 from pilotfish.cli.report import latest_losses
 from pilotfish.run import Run
 from pilotfish.stack import Stack
@@ -118,7 +119,8 @@ def install(
 
 
 def test_help_and_plugins_list_load_neither_torch_nor_diffusers() -> None:
-    commands = [["--help"], ["generate", "--help"], ["plugins", "list"], ["--version"]]
+    commands = [["--help"], ["plugins", "list"], ["--version"]]
+    commands += [[command, "--help"] for command in OWN]
     code = (
         "import sys; from pilotfish.cli import main\n"
         f"for command in {commands}: main(command, standalone_mode=False)\n"
@@ -274,7 +276,7 @@ def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("genrate", "Did you mean 'generate'? Available: doctor, generate, plugins"),
+        ("genrate", "Did you mean 'generate'? Available: doctor, generate, grid, plugins"),
         ("plugins shwo", "Did you mean 'show'? Available: check, list, new, show"),
         ("generate --stpes 3", "--steps"),
         ("generate --size 512", "expected WIDTHxHEIGHT such as 512x512; got '512'"),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+import pilotfish
 from pilotfish.cli import main
-from pilotfish.testing import CHECKS
+from pilotfish.testing import CHECKS, random_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 PLUGINS = (DOCS / "plugins.md").read_text()
@@ -68,6 +69,17 @@ def test_every_python_block_of_the_plugins_page_runs(workplace, monkeypatch):
         if block["file"] != "typo.py":  # refused on purpose
             exec(compile(block["text"], "plugins.md", "exec"), {"__name__": "plugins_md"})
     monkeypatch.delitem(sys.modules, "my_loss")
+
+
+def test_every_python_block_of_the_views_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pilotfish, "load", random_sampler)  # the page's own model takes a minute
+    names = {}
+    for block in BLOCK.finditer((DOCS / "views.md").read_text()):
+        if block["kind"] == "python":
+            exec(compile(block["text"], "views.md", "exec"), names)
+    shown = {p.name for p in tmp_path.glob("views-*.png")}
+    assert shown == {p.name for p in DOCS.glob("views-*.png")}
 
 
 def test_the_plugins_page_lists_every_check_with_its_claim():

@@ -1,5 +1,6 @@
 """Picture files, read in one place for the core and all plugins."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -67,6 +68,12 @@ def test_pictures_of_other_modes_are_read(tmp_path, mode):
     assert pixels(read(path)).min() > 0.99
 
 
+def test_a_picture_of_16_bits_is_read_in_8(tmp_path):
+    values = np.array([[0, 257, 32_896, 65_535]], np.uint16)
+    path = saved(Image.fromarray(values), tmp_path / "deep.png")
+    assert list(read(path, mode="L").get_flattened_data()) == [0, 1, 128, 255]
+
+
 def test_a_palette_with_a_transparent_colour_is_read_without_a_warning(tmp_path):
     picture = Image.new("P", (4, 4))
     picture.putpalette([0, 0, 0, 200, 0, 0])
@@ -82,6 +89,8 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused(tmp_path, monkeypatch
         read(tmp_path / "text.png")
     with pytest.raises(SettingsError, match=r"got 'none\.png' \(FileNotFoundError"):
         read("none.png")
+    with pytest.raises(SettingsError, match=r"icon\.ico' \(Unidentified"):
+        read(saved(Image.new("L", (16, 16)), tmp_path / "icon.ico"))
     monkeypatch.setattr("pilotfish.images.PIXELS", 99)
     with pytest.raises(SettingsError, match=r"\(10, 10\) pixels; at most 99 in all are read"):
         read(saved(Image.new("L", (10, 10)), tmp_path / "large.png"))

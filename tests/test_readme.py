@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
+from pilotfish import Run
 from pilotfish.cli import main
+from pilotfish.images import save
 from pilotfish.testing import random_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -61,15 +64,21 @@ def test_every_command_runs(workplace, command):
     if HUB_ID in arguments:  # no downloads here: the same layout in a folder
         random_pipeline().save_pretrained("model")
         arguments[arguments.index(HUB_ID)] = "./model"
+    if arguments[0] == "replay":  # of a picture that the command above it makes
+        run = Run(prompt="a parrot", steps=2, seed=1, plugins=({"use": "blue"},))
+        save(Image.new("RGB", (64, 64)), arguments[1], run.to_toml())
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     if "--out" in arguments:
         assert (workplace / arguments[arguments.index("--out") + 1]).stat().st_size > 100
 
 
-def test_every_toml_block_is_toml_and_names_the_real_group():
+def test_every_toml_block_is_a_run_file_or_names_the_real_group():
     for block in blocks("toml"):
-        assert "pilotfish.plugins" in str(tomllib.loads(block["text"]))
+        if block["file"]:
+            assert Run.parse(block["text"])["plugins"]
+        else:
+            assert "pilotfish.plugins" in str(tomllib.loads(block["text"]))
 
 
 def test_every_file_that_the_readme_points_to_exists():

@@ -17,6 +17,7 @@ from .plugin import Guide, Plugin, Setting, guide
 from .presets import PRESETS, Preset
 
 if TYPE_CHECKING:
+    from . import view
     from .generators import draw
     from .images import pixels, read_picture
     from .run import Run
@@ -55,6 +56,7 @@ __all__ = [
     "mend_torchvision",
     "pixels",
     "read_picture",
+    "view",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
@@ -96,8 +98,10 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'pilotfish' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "view":
+        return import_module(".view", __name__)
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pilotfish' has no attribute {name!r}")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)

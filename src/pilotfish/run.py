@@ -91,6 +91,8 @@ class Run:
                 raise InputError(f"{name} must be text; got {getattr(self, name)!r}")
         for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
             _check_whole(name, getattr(self, name), least)
+        if self.seed + self.num_images > 2**64:  # torch's generators take no more
+            raise InputError(f"seed must be below 2**64, for every image; got {self.seed}")
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1)
@@ -161,7 +163,7 @@ class Run:
         """
         try:
             content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:  # the latter: [[[[[[ ...
             raise InputError(f"{origin} is not valid TOML: {error}") from None
         content.pop("pilotfish", None)
         for key in content:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import Tensor
 
 from . import images
+from .errors import PilotfishError
 from .loop import Sampling
 from .run import Options, Run
 from .stack import Stack
@@ -36,6 +39,20 @@ class Result:
     latents: Tensor
     trace: Trace
     run: Run
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the pictures: `cat.png`, or `cat-1.png`, `cat-2.png` ... where there are several.
+
+        A PNG also holds the run, which `pilotfish replay` repeats; not where `run.to_toml` refuses.
+
+        Raises:
+            InputError: the ending names no format, or the place cannot be written.
+        """
+        run = ""
+        with contextlib.suppress(PilotfishError):
+            run = self.run.to_toml()
+        files = images.numbered(path, len(self.images))
+        return [images.save(p, file, run) for p, file in zip(self.images, files, strict=True)]
 
 
 class Stream(Iterator[Step]):

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..run import Run
     from ..sampler import Result, Stream
     from ..stack import Stack
+    from ..view import Film
 
 Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
 
@@ -90,6 +92,12 @@ def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple
     help="Change one value: plugins.subject.scale=40, steps=20, or the preset's rho=0.5.",
 )
 @click.option("--save-run", metavar="RUN.toml", help="Write down everything that repeats the run.")
+@click.option(
+    "--film",
+    metavar="FILE.gif|FILE.mp4",
+    help="Also the run as a film: noisy latents left, predicted x0 right.",
+)
+@click.option("--film-decoded", is_flag=True, help="A sharp film, for two decodes a step.")
 @click.option("--dry-run", is_flag=True, help="Check and explain the run; load no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 @debug_option
@@ -99,6 +107,8 @@ def generate(
     run_file: str | None,
     out: str,
     save_run: str | None,
+    film: str | None,
+    film_decoded: bool,
     device: str | None,
     dry_run: bool,
     as_json: bool,
@@ -110,6 +120,7 @@ def generate(
     pilotfish generate "a campfire" --use blue:scale=0.5,every=5 --seed 32
     pilotfish generate "a cat" --use ./my_loss.py:Warmth:scale=2 --dry-run
     pilotfish generate --run run.toml -s plugins.subject.scale=40
+    pilotfish generate "a parrot" --film parrot.gif
     """
     from .overrides import compose
 
@@ -122,7 +133,8 @@ def generate(
         if dry_run:
             text, answer = explain(stack, run, model)
         else:
-            text, answer = make_pictures(stack, run, model, out, save_run)
+            output = Output(out, save_run, film, film_decoded)
+            text, answer = make_pictures(stack, run, model, output)
     click.echo(json.dumps(answer, indent=2) if as_json else text)
 
 
@@ -143,19 +155,49 @@ def explain(stack: Stack, run: Run, model: Model) -> tuple[str, dict[str, Any]]:
     return planned.text(), planned.to_dict()
 
 
+@dataclass(frozen=True)
+class Output:
+    """The files of a run: `out` for the pictures, and what else is asked for."""
+
+    out: str
+    save_run: str | None = None
+    film: str | None = None
+    film_decoded: bool = False
+
+    def check(self) -> None:
+        """Find out before the run, not after it, whether they can be written.
+
+        Raises:
+            PilotfishError: one cannot.
+        """
+        from ..images import check_writable
+        from ..view.film import check_film
+
+        check_writable(self.out)
+        if self.film is not None:
+            check_film(self.film)
+
+
 def make_pictures(
-    stack: Stack, run: Run, model: Model, out: str, save_run: str | None
+    stack: Stack, run: Run, model: Model, output: Output
 ) -> tuple[str, dict[str, Any]]:
     """A run, its files, and what there is to tell, as text and as data."""
+    from ..view import Film
     from .report import report, summary
 
-    files = picture_files(out, run.num_images)
+    output.check()
     stream = start(stack, run, model)
-    if save_run is not None:
-        write(Path(save_run), stream.run.to_toml())
-    result, seconds = watch(stream)
-    save(result, files)
-    return report(result, files, seconds), summary(result, files, seconds)
+    if output.save_run is not None:
+        write(Path(output.save_run), stream.run.to_toml())
+    film = Film(decoded=output.film_decoded) if output.film is not None else None
+    result, seconds = watch(stream, film)
+    files = result.save(output.out)
+    if film is not None and output.film is not None:
+        film.save(output.film)
+    text, answer = report(result, files, seconds), summary(result, files, seconds)
+    if film is None:
+        return text, answer
+    return f"{text}\n{output.film}  {len(film)} frames", {**answer, "film": output.film}
 
 
 def start(stack: Stack, run: Run, model: Model) -> Stream:
@@ -168,7 +210,7 @@ def start(stack: Stack, run: Run, model: Model) -> Stream:
     return Stream(Sampling(load(**model), run, stack))
 
 
-def watch(stream: Stream) -> tuple[Result, float]:
+def watch(stream: Stream, film: Film | None = None) -> tuple[Result, float]:
     """Take all steps under a progress bar; the result and the seconds it took."""
     from tqdm import tqdm
 
@@ -179,30 +221,10 @@ def watch(stream: Stream) -> tuple[Result, float]:
         for step in stream:
             bar.set_postfix_str(latest_losses(stream.trace), refresh=False)
             bar.update(step.index + 1 - bar.n)
+            if film is not None:
+                film.add(step)
         result = stream.result()
     return result, time.perf_counter() - begin
-
-
-def picture_files(out: str, num_images: int) -> list[Path]:
-    """Where the pictures go; found out before the run, not after it.
-
-    Raises:
-        InputError: the ending names no format, or the folder cannot be made.
-    """
-    from ..images import check_writable
-
-    path = check_writable(out)
-    if num_images == 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(num_images)]
-
-
-def save(result: Result, files: list[Path]) -> None:
-    """Write the pictures."""
-    from .. import images
-
-    for picture, path in zip(result.images, files, strict=True):
-        images.save(picture, path)
 
 
 def write(path: Path, text: str) -> None:

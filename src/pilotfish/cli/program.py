@@ -14,7 +14,8 @@ from .listing import remark
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-OWN = ("doctor", "generate", "plugins")  # each is the command of its name in the module of its name
+# Each is the command of its name in the module of its name.
+OWN = ("doctor", "generate", "grid", "plugins", "replay", "view")
 
 
 class Failure(click.ClickException):

@@ -1,0 +1,77 @@
+"""`pilotfish replay`. What needs torch is imported when it runs: help needs none."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from .generate import Output, build, make_pictures
+from .program import debug_option
+
+
+@click.command()
+@click.argument("picture", metavar="PICTURE.png")
+@click.option("--out", default="out.png", show_default=True, metavar="FILE", help="As of generate.")
+@click.option(
+    "-s", "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change one value: steps=20."
+)
+@click.option("--model", metavar="FOLDER|HUB_ID|NAME", help="[default: the picture's own]")
+@click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu  [default: the best]")
+@click.option("--show", is_flag=True, help="Print the run as a run file, and do nothing.")
+@click.option("--yes", is_flag=True, help="Also import, open and download what the run names.")
+@debug_option
+def replay(
+    picture: str,
+    out: str,
+    changes: tuple[str, ...],
+    model: str | None,
+    device: str | None,
+    show: bool,
+    yes: bool,
+) -> None:
+    """Make a picture again, from the run that its PNG holds.
+
+    A run that names more than what is installed here by name, such as files, code in them, or other
+    models, is told and waits for --yes.
+
+    \b
+    pilotfish replay campfire.png --out again.png
+    pilotfish replay campfire.png --show > run.toml
+    """
+    from ..images import read_run
+    from .overrides import completed
+
+    text = read_run(picture)
+    if show:
+        click.echo(text, nl=False)
+        return
+    content = completed(checked(text, picture, model, yes), (), changes, {})
+    networks = {"model": content.pop("model", None), "dtype": content.pop("dtype", None)}
+    with contextlib.redirect_stdout(sys.stderr):  # what plugins print
+        answer, _ = make_pictures(*build(content), {**networks, "device": device}, Output(out))
+    click.echo(answer)
+
+
+def checked(text: str, origin: str, model: str | None, trusted: bool) -> dict[str, Any]:
+    """The content of a run, with another model where one is given.
+
+    Raises:
+        InputError: the run asks for what is not installed here under a name, and is not trusted.
+    """
+    from ..change import table
+    from ..run import Run
+    from .trust import asks
+
+    content = Run.parse(text, origin)
+    content["plugins"] = [table(item) for item in content["plugins"]]
+    asked = [*asks({**content, "model": None if model else content.get("model")})]
+    if asked and not trusted:
+        raise InputError(
+            f"{origin} asks for what pilotfish does for nobody unasked: {'; '.join(asked)}. Read "
+            f"its run with `pilotfish replay {origin} --show`; if you want all that, add --yes"
+        )
+    return {**content, "model": model} if model else content

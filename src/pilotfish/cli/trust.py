@@ -1,0 +1,79 @@
+"""What a run that anybody may have written asks for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..images import PIXELS
+from ..presets import PRESETS
+from ..registry import MODEL_GROUP, installed
+
+MOST = 1000  # steps, images ...; a run of more should be meant
+
+
+def asks(content: Mapping[str, Any]) -> Iterator[str]:
+    """What a run would import, open or download beyond what is installed here under a name."""
+    model = content.get("model")
+    if model is not None and str(model) not in installed(MODEL_GROUP):
+        yield f"model {model!r}, a folder or a download"
+    for plugin in content["plugins"]:
+        yield from _plugin_asks(plugin)
+    if ":" in (decoder := str(content.get("decoder", ""))):
+        yield f"decoder {decoder!r}, a folder or a download"
+    for file in _preset_files(content.get("preset")):
+        yield f"preset {file!r}, a file"
+    yield from _work(content)
+
+
+def _plugin_asks(plugin: Any) -> Iterator[str]:
+    if not isinstance(plugin, Mapping):
+        return  # refused later
+    use = str(plugin.get("use", ""))
+    if ":" in use or use.endswith(".py"):
+        yield f"plugin {use!r}, code outside of the installed plugins"
+    for setting, value in plugin.items():
+        if setting not in ("use", "name"):
+            for text in _texts(value):
+                if _is_place(text):
+                    yield f"{setting} = {text!r} of plugin {use!r}, a file or an address"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a setting's value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _is_place(text: str) -> bool:
+    return any(c in text for c in "/\\~") or os.path.exists(text)
+
+
+def _preset_files(preset: Any) -> list[str]:
+    """What `find_preset` would read."""
+    if isinstance(preset, Mapping):
+        return _preset_files(preset.get("base"))
+    return [preset] if isinstance(preset, str) and preset not in PRESETS else []
+
+
+def _work(content: Mapping[str, Any]) -> Iterator[str]:
+    """What would take very long, or all memory."""
+    scheduler = content.get("scheduler")
+    numbers = {
+        **{key: content.get(key) for key in ("steps", "num_images")},
+        **(scheduler if isinstance(scheduler, Mapping) else {}),
+    }
+    for key, value in numbers.items():
+        if isinstance(value, int) and value > MOST:
+            yield f"{key} = {value}"
+    sides = [content.get(key) or 1 for key in ("num_images", "width", "height")]
+    if all(isinstance(side, int) for side in sides) and math.prod(sides) > PIXELS:
+        yield f"{math.prod(sides) / 1e6:.0f} megapixels"

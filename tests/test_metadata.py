@@ -1,0 +1,147 @@
+"""Pictures that hold their run."""
+
+import contextlib
+import random
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pilotfish import Guide, InputError, Run
+from pilotfish.images import KEY, read_run, save
+
+
+def png(path, *texts, size=(8, 8), pixels=b""):
+    """A PNG put together by hand: (kind, content) chunks between header and pixels."""
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), *texts, (b"IDAT", pixels), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks:
+        check = zlib.crc32(kind + content)
+        data += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+    Path(path).write_bytes(data)
+    return path
+
+
+def itxt(text, compressed=False):
+    value = text.encode()
+    head = KEY.encode() + b"\0" + bytes([compressed, 0]) + b"\0\0"
+    return b"iTXt", head + (zlib.compress(value, 9) if compressed else value)
+
+
+def test_a_picture_holds_its_run_word_for_word_and_its_pixels_stay(tmp_path):
+    picture = Image.effect_noise((9, 7), 40).convert("RGB")
+    run = Run(prompt="a 'red' cat, \"été\"\n日本", seed=3).to_toml()
+    path = save(picture, tmp_path / "cat.png", run)
+    assert read_run(path) == run
+    with Image.open(path) as again:
+        assert again.tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_a_run_is_read_from_a_png_of_any_mode(tmp_path, mode):
+    info = PngInfo()
+    info.add_text(KEY, "steps = 3")
+    Image.new(mode, (5, 5)).save(tmp_path / "cat.png", pnginfo=info)
+    assert read_run(tmp_path / "cat.png") == "steps = 3"
+
+
+def test_other_formats_hold_no_run_and_say_so(tmp_path):
+    picture = Image.new("RGB", (5, 5))
+    for ending in ("jpg", "webp"):
+        path = save(picture, tmp_path / f"cat.{ending}", "steps = 3")
+        with pytest.raises(InputError, match=f"cat.{ending}, expected a PNG picture"):
+            read_run(path)
+    with pytest.raises(InputError, match="holds no run: only a PNG that pilotfish saved"):
+        read_run(save(picture, tmp_path / "cat.png"))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: png(p, itxt("steps = 3"), size=(20_000, 20_000)), "exceeds limit|megapixels"),
+        (lambda p: png(p, itxt("steps = 3"), size=(10_000, 10_000)), "has 100 megapixels"),
+        (lambda p: png(p, itxt("x" * 2_000_000, compressed=True)), "too large|holds a run of"),
+        (lambda p: png(p, itxt("x" * 300_000)), "holds a run of 300000 characters"),
+        (lambda p: png(p, (b"iTXt", KEY.encode() + b"\0\0")), "holds no run"),
+        (lambda p: png(p, (b"tEXt", b"other\0steps = 3")), "holds no run"),
+        (lambda p: p.write_bytes(b""), "expected a PNG picture"),
+        (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40), "expected a PNG picture"),
+        (lambda p: p.write_text("steps = 3"), "expected a PNG picture"),
+        (lambda p: p.mkdir(), "cannot read"),
+        (lambda p: None, "cannot read"),
+    ],
+)
+def test_a_file_that_is_too_much_or_too_little_is_refused_in_no_time(tmp_path, make, words):
+    path, begin = tmp_path / "cat.png", time.process_time()
+    make(path)
+    with pytest.raises(InputError, match=words):
+        read_run(path)
+    assert time.process_time() - begin < 0.5
+
+
+def test_a_picture_cut_off_in_its_pixels_still_holds_its_run(tmp_path):
+    whole = save(Image.effect_noise((64, 64), 40), tmp_path / "cat.png", "steps = 3").read_bytes()
+    (tmp_path / "cat.png").write_bytes(whole[: len(whole) // 2])
+    assert read_run(tmp_path / "cat.png") == "steps = 3"
+
+
+def mutated(data, picks):
+    """Some bytes of it changed, taken out or put in."""
+    data = bytearray(data)
+    for _ in range(picks.randint(1, 4)):
+        at, kind = picks.randrange(len(data)), picks.randrange(3)
+        if kind == 0:
+            data[at] = picks.randrange(256)
+        elif kind == 1:
+            del data[at : at + picks.randint(1, 9)]
+        else:
+            data[at:at] = picks.randbytes(picks.randint(1, 9))
+    return bytes(data)
+
+
+def test_no_mutation_of_a_picture_gets_past_our_own_errors(tmp_path):
+    path, picks = tmp_path / "a.png", random.Random(0)
+    whole, whole_runs = save(Image.new("RGB", (8, 8)), path, "steps = 3").read_bytes(), 0
+    for _ in range(400):
+        path.write_bytes(mutated(whole, picks))
+        with contextlib.suppress(InputError):
+            read_run(path)
+            whole_runs += 1
+    assert 0 < whole_runs < 400
+
+
+def test_deeply_nested_text_is_refused():
+    with pytest.raises(InputError, match="not valid TOML"):
+        Run.parse("steps = " + "[" * 100_000)
+
+
+def test_a_seed_that_no_generator_takes_is_refused():
+    assert Run(seed=2**64 - 2, num_images=2).seed
+    with pytest.raises(InputError, match="seed must be below 2"):
+        Run(seed=2**64 - 1, num_images=2)
+
+
+def test_a_result_saves_every_picture_with_its_run(sampler, tmp_path):
+    result = sampler("a cat", steps=1, seed=5, num_images=2)
+    files = result.save(tmp_path / "new" / "cat.png")
+    assert [file.name for file in files] == ["cat-1.png", "cat-2.png"]
+    assert {read_run(file) for file in files} == {result.run.to_toml()}
+    for file, picture in zip(files, result.images, strict=True):
+        with Image.open(file) as again:
+            assert again.tobytes() == picture.tobytes()
+
+
+def test_a_run_that_no_file_can_hold_is_saved_as_pixels(sampler, tmp_path):
+    class Local(Guide):
+        def loss_guidance(self, step):
+            return step.x0.mean(dim=(1, 2, 3))
+
+    result = sampler("a cat", plugins=[Local()], steps=1)
+    (file,) = result.save(tmp_path / "cat.png")
+    with pytest.raises(InputError, match="holds no run"):
+        read_run(file)

@@ -1,0 +1,143 @@
+"""Pictures made again from the run that they hold, from friends and from strangers."""
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pilotfish import PilotfishError, Run
+from pilotfish.cli import main
+from pilotfish.cli.trust import asks
+from pilotfish.images import read_run, save
+
+MY_LOSS = '''
+from pathlib import Path
+from pilotfish import Guide
+
+Path("imported").touch()
+
+class Cheap(Guide):
+    """Reads no picture."""
+    def loss_guidance(self, step):
+        return step.rgb.var(dim=(1, 2, 3))
+'''
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    from pilotfish.testing import random_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny")
+    random_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(MY_LOSS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, arguments)
+
+
+def generate(model, *arguments):
+    return call(
+        "generate", "a red cat", "--model", model, "--seed", "5", "--steps", "2", *arguments
+    )
+
+
+def test_a_replayed_picture_is_the_same_file(model):
+    assert generate(model, "--out", "one.png", "--guidance-scale", "3").exit_code == 0
+    done = call("replay", "one.png", "--model", model, "--out", "two.png")
+    assert done.exit_code == 0, done.output
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    assert "two.png  32x32, seed 5" in done.stdout
+
+
+def test_a_change_on_the_way_makes_another_picture(model):
+    generate(model, "--out", "one.png")
+    done = call("replay", "one.png", "--model", model, "-s", "seed=6", "--out", "two.png")
+    assert done.exit_code == 0, done.output
+    assert "seed = 6" in read_run("two.png") and "seed = 5" in read_run("one.png")
+
+
+def test_show_prints_a_run_file_and_runs_nothing(model):
+    generate(model, "--out", "one.png", "--save-run", "run.toml")
+    done = call("replay", "one.png", "--show")
+    assert done.stdout == Path("run.toml").read_text()
+    assert not Path("out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ('model = "./tiny"', "model './tiny', a folder or a download"),
+        ('model = "someone/model"', "model 'someone/model', a folder or a download"),
+        ('[[plugins]]\nuse = "./my_loss.py:Cheap"', "plugin './my_loss.py:Cheap', code outside"),
+        ('[[plugins]]\nuse = "my_loss.py"', "plugin 'my_loss.py', code outside"),
+        ('[[plugins]]\nuse = "os:system"', "plugin 'os:system', code outside"),
+        ('plugins = ["my_loss:Cheap:scale=1"]', "plugin 'my_loss:Cheap', code outside"),
+        ('[[plugins]]\nuse = "blue"\nmask = "../cat"', "mask = '../cat' of plugin 'blue', a file"),
+        ('[[plugins]]\nuse = "blue"\nmask = ["my_loss.py"]', "mask = 'my_loss.py' of plugin"),
+        ('[[plugins]]\nuse = "clip"\ntext = {"http://a.b" = 1}', "text = 'http://a.b'"),
+        ('decoder = "tiny:someone/taesd"', "decoder 'tiny:someone/taesd', a folder or a download"),
+        ('preset = "mine.toml"', "preset 'mine.toml', a file"),
+        ('preset = {base = {base = "mine.toml"}}', "preset 'mine.toml', a file"),
+        ("steps = 100000000", "steps = 100000000"),
+        ("scheduler = {name = 'ddim', num_train_timesteps = 10000000}", "num_train_timesteps"),
+        ("height = 100000\nwidth = 100000", "10000 megapixels"),
+    ],
+)  # fmt: skip
+def test_what_a_strangers_picture_asks_for_is_shown_and_not_done(monkeypatch, tmp_path, run, words):
+    def never(*_, **__):
+        raise AssertionError("loaded a model")
+
+    monkeypatch.setattr("pilotfish.loading.load", never)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    save(Image.new("RGB", (8, 8)), "cat.png", run)
+    done = call("replay", "cat.png")
+    assert done.exit_code == 1 and words in done.stderr
+    assert "`pilotfish replay cat.png --show`" in done.stderr and "--yes" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path("imported").exists()
+
+
+def test_plugins_that_are_installed_and_models_by_name_need_no_yes():
+    asked = asks(
+        Run.parse(
+            'model = "emoji"\nprompt = "a/b; rm -rf ~"\npreset = {base = "tfg", rho = 2}\n'
+            '[[plugins]]\nuse = "blue"\nscale = 0.5\nmask = [0, 0, 1, 0.5]\n'
+            '[[plugins]]\nuse = "palette"\ncolors = ["#035", "#fa0"]\n'
+        )
+    )
+    assert [*asked] == []
+
+
+def test_yes_runs_it_all(model):
+    generate(model, "--use", "./my_loss.py:Cheap:scale=2", "--out", "one.png")
+    assert call("replay", "one.png", "--out", "two.png").exit_code == 1
+    done = call("replay", "one.png", "--out", "two.png", "--yes")
+    assert done.exit_code == 0, done.output
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+
+
+def test_no_mutation_of_a_run_gets_past_our_own_errors():
+    run = 'prompt = "a cat"\nsteps = 5\nseed = 1\nscheduler = {name = "euler", beta_end = 0.1}\n'
+    run += 'preset = {base = "tfg", rho = 2}\n[[plugins]]\nuse = "blue"\nname = "b"\nscale = 2.0\n'
+    picks, runs = random.Random(0), 0
+    for _ in range(1000):
+        text = list(run)
+        for _ in range(picks.randint(1, 3)):
+            text[picks.randrange(len(text))] = picks.choice("=[]{}\"'.,#-1a\n\\")
+        with contextlib.suppress(PilotfishError):
+            content = Run.parse("".join(text))
+            list(asks(content))
+            Run(**{k: v for k, v in content.items() if k not in ("plugins", "model")})
+            runs += 1
+    assert 0 < runs < 1000
