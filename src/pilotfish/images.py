@@ -34,8 +34,9 @@ def to_pil(image: Tensor) -> list[Image.Image]:
 def pixels(picture: Image.Image) -> Tensor:
     """A picture as (1, C, H, W) in [0, 1], float32."""
     values = np.asarray(picture, np.float32) / 255
-    channels = values.reshape(picture.height, picture.width, -1)
-    return torch.from_numpy(channels).permute(2, 0, 1).unsqueeze(0)
+    # Laid out in memory as diffusers' own, since convolutions round differently for others.
+    batch = torch.from_numpy(values.reshape(1, picture.height, picture.width, -1))
+    return batch.permute(0, 3, 1, 2)
 
 
 def read_picture(
