@@ -1,6 +1,6 @@
 """Two guides that pull against each other: how much of what each reaches alone is left to it?
 
-    python benchmarks/conflict.py           # the emoji model: about five minutes on one core
+    python benchmarks/conflict.py           # the emoji model: some four minutes on one core
     python benchmarks/conflict.py --quick   # one prompt, fewer steps
 
 `blue` wants blue in every pixel and `dim` a darker picture, which takes the blue away; a dark blue
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -74,9 +73,9 @@ class Lab:
         self.prompts, self.steps = prompts, steps
 
     def measure(self, guides: Sequence[str], setting: Mapping[str, Any]) -> dict[str, Any]:
-        """All guides' losses, also of those that did not act; objects seen; the pair's cosine."""
+        """Each guide's mean loss for each prompt, also of those that did not act; objects seen."""
         losses: dict[str, list[float]] = {name: [] for name in GUIDES}
-        right, cosines = [], []
+        right = 0
         for seen, prompt in self.prompts.items():
             result = self.sampler(
                 prompt,
@@ -90,36 +89,35 @@ class Lab:
             )
             with torch.no_grad():
                 image = self.sampler.model.decode(result.latents).clamp(0, 1)
+                step = SimpleNamespace(image=image)
                 for name, guide in GUIDES.items():
-                    step = SimpleNamespace(image=image)
-                    losses[name] += guide().loss_guidance(step).tolist()
-                right += [name == seen for name, *_ in self.judge.judge(image).names]
-            if len(guides) == 2:
-                cosines += result.trace.cosines(*result.trace.plugins)
-        measured = {"loss": {name: round(statistics.fmean(v), 4) for name, v in losses.items()}}
-        measured |= {"object_right": sum(right), "pictures": len(right)}
-        return measured | ({"cosine": round(statistics.fmean(cosines), 3)} if cosines else {})
+                    losses[name].append(round(float(guide().loss_guidance(step).mean()), 5))
+                right += sum(name == seen for name, *_ in self.judge.judge(image).names)
+        return {"loss": losses, "object_right": right}
 
 
 def compare(lab: Lab, pair: Sequence[str], plain: dict[str, Any], settings: Any) -> dict[str, Any]:
     """Both guides of a pair alone and together, with what is left of each one's gain."""
     alone = {name: lab.measure([name], {}) for name in pair}
     together = {label: lab.measure(pair, settings[label]) for label in settings}
-
-    def gain(measured: dict[str, Any], name: str) -> float:
-        return float(plain["loss"][name] - measured["loss"][name])
-
     for measured in together.values():
-        measured["left"] = {
-            name: round(gain(measured, name) / gain(alone[name], name), 3) for name in pair
-        }
+        measured["left"] = {name: left(name, plain, alone[name], measured) for name in pair}
     return {"pair": list(pair), "unguided": plain, "alone": alone, "together": together}
+
+
+def left(name: str, plain: Any, alone: Any, together: Any) -> dict[str, float]:
+    """A guide's gain beside another as part of its gain alone: in all, and of the worst prompt."""
+    before, by_itself, beside = (measured["loss"][name] for measured in (plain, alone, together))
+    in_all = (sum(before) - sum(beside)) / (sum(before) - sum(by_itself))
+    prompts = zip(before, by_itself, beside, strict=True)
+    worst = min((start - two) / (start - one) for start, one, two in prompts)
+    return {"mean": round(in_all, 3), "worst": round(worst, 3)}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """All pairs as Markdown."""
     lines = [
-        "| guides | together | left of the first's gain | of the second's | object right |",
+        "| guides | together | of the first's gain | of the second's | object right |",
         "|---|---|---:|---:|---:|",
     ]
     for result in results:
@@ -128,8 +126,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         start = f"| {', '.join(pair)} |"
         lines.append(f"{start} each alone | 100 % | 100 % | {kept} |")
         for label, measured in result["together"].items():
-            first, second = (f"{measured['left'][name]:.0%}".replace("%", " %") for name in pair)
-            lines.append(f"{start} {label} | {first} | {second} | {measured['object_right']} |")
+            cells = [f"{x['mean']:.0%} ({x['worst']:.0%})" for x in measured["left"].values()]
+            cells = [cell.replace("%", " %") for cell in cells]
+            lines.append(f"{start} {label} | {' | '.join(cells)} | {measured['object_right']} |")
     return "\n".join(lines)
 
 
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = lab.measure([], {})
     results = [compare(lab, pair, plain, SETTINGS) for pair in PAIRS]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    args.out.write_text(json.dumps(results) + "\n")
     print(table(results))
 
 

@@ -190,13 +190,10 @@ def test_the_table_of_conflicts_in_the_docs_is_that_of_the_result(conflict):
 
 @pytest.mark.slow
 def test_two_opposed_guides_keep_what_they_reach_alone_where_their_sum_gives_one_up(conflict):
-    """On the four pictures where they are opposed most: the sum makes blue worse than no guide.
-
-    benchmarks/conflict.py has sixteen pictures, and more than 0.8 of each guide's gain.
-    """
-    name, prompt = list(conflict.PROMPTS.items())[-1]
-    lab = conflict.Lab({name: prompt})
-    settings = {k: conflict.SETTINGS[k] for k in ("sum", "project, trust 1")}
+    """On the four pictures of one prompt; benchmarks/conflict.py has sixteen."""
+    lab = conflict.Lab({"rocket": conflict.PROMPTS["rocket"]})
+    settings = {name: conflict.SETTINGS[name] for name in ("sum", "project")}
     together = conflict.compare(lab, ("blue", "dim"), lab.measure([], {}), settings)["together"]
-    assert min(together["sum"]["left"].values()) < 0
-    assert min(together["project, trust 1"]["left"].values()) > 0.3
+    least = {name: min(x["mean"] for x in m["left"].values()) for name, m in together.items()}
+    assert least["sum"] < 0.6
+    assert least["project"] > 0.75
