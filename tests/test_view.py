@@ -56,9 +56,9 @@ def shows(picture, text, size=14, paper="white"):
     if any(w > t for w, t in zip(wanted.shape, there.shape, strict=True)):
         return False
     places = np.lib.stride_tricks.sliding_window_view(there, wanted.shape)
-    darkest = np.unravel_index(wanted.argmin(), wanted.shape)
-    likely = np.argwhere(places[..., *darkest] == wanted[darkest])
-    return any((places[tuple(at)] == wanted).all() for at in likely)
+    darkest = np.unravel_index(np.argsort(wanted, axis=None)[:12], wanted.shape)
+    likely = (places[..., *darkest] == wanted[darkest]).all(axis=-1)
+    return any((places[tuple(at)] == wanted).all() for at in np.argwhere(likely))
 
 
 def squares(*colors, side=128):
@@ -159,7 +159,9 @@ def test_a_round_trip_tells_the_vaes_own_error_for_one_encode_and_one_decode(cou
         latents = sampler.model.encode(image)
         again = sampler.model.decode(latents).clamp(0, 1)
     torch.testing.assert_close(trip.latents, latents)
-    assert trip.after.tobytes() == to_pil(again)[0].tobytes()
+    # Memory in another order may round to the next of 255 levels.
+    difference = np.asarray(trip.after, int) - np.asarray(to_pil(again)[0], int)
+    assert np.abs(difference).max() <= 1
     torch.testing.assert_close(trip.error, (again - image)[0].abs().mean(dim=0))
     assert trip.rms == pytest.approx(float((again - image).square().mean().sqrt()))
     assert trip.psnr == pytest.approx(10 * math.log10(1 / trip.rms**2))
