@@ -226,9 +226,10 @@ def test_stop_ends_the_run_and_its_x0_is_the_result(sampler):
                 step.stop()
 
     plugin = Enough()
-    steps = sampler.stream("a cat", plugins=[plugin], steps=5, seed=0)
-    assert len(list(steps)) == 2
-    torch.testing.assert_close(steps.result().latents, plugin.x0)
+    stream = sampler.stream("a cat", plugins=[plugin], steps=5, seed=0)
+    assert [step.last for step in stream] == [False, True]
+    torch.testing.assert_close(stream.result().latents, plugin.x0)
+    assert [step.last for step in sampler.stream("a cat", steps=2, seed=0)] == [False, True]
 
 
 def test_what_stop_is_given_is_the_result_and_what_the_stream_shows(sampler):

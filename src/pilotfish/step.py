@@ -106,6 +106,11 @@ class Step:
         return self.index / self.num_steps
 
     @property
+    def last(self) -> bool:
+        """Whether the run ends after this step: because no other follows, or by `stop`."""
+        return self._moment.stopped or self.index + 1 == self.num_steps
+
+    @property
     def timestep(self) -> Tensor:
         """The network's own index, a scalar."""
         return self._moment.timestep

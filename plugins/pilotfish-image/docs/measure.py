@@ -64,7 +64,7 @@ def main(count: int = 64, out: Path | None = None) -> None:
     print("| optimize | steps | calls | judge sees the object |\n|---|---:|---:|---:|")
     for name, (steps, settings) in ROWS.items():
         drawn[name], right, calls = measured(sampler, steps, settings, count)
-        print(f"| {name} | {steps} | {calls:.1f} | {right:.0%} |", flush=True)
+        print(f"| {name} | {steps} | {calls:.1f} | {100 * right:.0f} % |", flush=True)
     picture = sheet(drawn).quantize(256, dither=Image.Dither.NONE)
     picture.save(out or Path(__file__).with_name("optimize.png"), optimize=True)
 

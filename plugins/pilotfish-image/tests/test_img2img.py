@@ -182,7 +182,7 @@ def test_the_more_strength_the_less_is_left_of_the_picture(tmp_path):
     import pilotfish
 
     emoji = pilotfish.load()
-    run = {"steps": 25, "guidance_scale": 4, "seed": 32}
+    run = {"steps": 10, "guidance_scale": 4, "seed": 32}
     fox = emoji("a fox on a teal background", **run)
     fox.images[0].save(tmp_path / "fox.png")
 
@@ -193,4 +193,4 @@ def test_the_more_strength_the_less_is_left_of_the_picture(tmp_path):
 
     distances = [distance(strength) for strength in (0.2, 0.5, 0.8, 1.0)]
     assert distances == sorted(distances)
-    assert distances[0] < 0.25 * distances[-1]
+    assert distances[0] < 0.4 * distances[-1]

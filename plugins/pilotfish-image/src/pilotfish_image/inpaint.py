@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import field_validator
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from pilotfish import Plugin, Setting, SettingsError, draw, pixels, read_picture
 
@@ -29,7 +30,8 @@ class Inpaint(Plugin):
     2022, arXiv 2212.00490), the mask is applied to latents as in Blended Latent Diffusion (Avrahami
     et al. 2022, arXiv 2206.02779). RePaint (Lugmayr et al. 2022, arXiv 2201.09865) puts noisy
     latents back instead, each time with other noise, and goes back and forth. The result is the
-    last prediction itself, because some schedulers end a little above noise level zero.
+    last prediction itself, because some schedulers end a little above noise level zero; around what
+    is drawn it is corrected for what the decoder makes of its neighbours.
     """
 
     class Settings(Plugin.Settings):
@@ -62,9 +64,10 @@ class Inpaint(Plugin):
         height, width = cast("tuple[int, int]", (run.height, run.width))  # known in a run
         picture = read_picture(self.settings.image, "Inpaint: image")
         fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-        known = run.model.encode(pixels(fitted)).float()  # (1, C, H, W)
+        image = pixels(fitted)  # (1, 3, 8H, 8W)
+        known = run.model.encode(image).float()  # (1, C, H, W)
         drawn = drawn_part(self.settings.mask, picture.size, known.shape[2:])
-        self._scenes[id(run)] = Scene(known, drawn.to(known))
+        self._scenes[id(run)] = Scene(image.to(known.device), known, drawn.to(known))
 
     def teardown(self, run: Run) -> None:
         self._scenes.pop(id(run), None)
@@ -83,8 +86,9 @@ class Inpaint(Plugin):
         return self._scenes[id(step.run)].around(x0)
 
     def after_step(self, step: Step) -> None:
-        if step.index + 1 == step.num_steps:
-            step.stop(self._scenes[id(step.run)].result(step.x0))
+        if step.last:
+            scene = self._scenes[id(step.run)]
+            step.stop(scene.corrected(scene.result(step.x0), step.run.model))
 
 
 @dataclass
@@ -92,12 +96,14 @@ class Scene:
     """What one run keeps.
 
     Attributes:
+        image: the picture (1, 3, 8H, 8W).
         known: the picture's clean latents (1, C, H, W).
         drawn: what part of each is drawn anew, (1, 1, H, W) in [0, 1].
         begun: whether the first step has been prepared.
         latest: what `around` gave last.
     """
 
+    image: Tensor
     known: Tensor
     drawn: Tensor
     begun: bool = False
@@ -113,6 +119,24 @@ class Scene:
         """What became of the latest ones since, by guides and others, inside the mask only."""
         latest = x0 if self.latest is None else self.latest.to(x0)
         return torch.lerp(latest, x0, self.drawn.to(x0))
+
+    def corrected(self, latents: Tensor, model: Any) -> Tensor:
+        """Latents whose picture is nearer to the known one around what is drawn.
+
+        The decoder sees more than a cell, so what is drawn changes the picture around it too. What
+        the encoder makes of that change is taken back, once: most of it, measured on the emoji
+        model. An image that gains nothing stays.
+        """
+        kept = 1 - interpolate(self.drawn, self.image.shape[2:])  # (1, 1, 8H, 8W)
+
+        def distance(image: Tensor) -> Tensor:
+            return (kept * (image - self.image)).square().mean(dim=(1, 2, 3), keepdim=True)
+
+        image = model.decode(latents).float().clamp(0, 1)
+        changed = model.encode(image) - model.encode(torch.lerp(image, self.image, kept))
+        nearer = latents - (1 - self.drawn).to(latents) * changed.to(latents)
+        gains = distance(model.decode(nearer).float().clamp(0, 1)) < distance(image)
+        return torch.where(gains, nearer, latents)
 
 
 def drawn_part(mask: Box | Path, shape: tuple[int, int], cells: torch.Size) -> Tensor:

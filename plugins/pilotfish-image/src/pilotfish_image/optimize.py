@@ -71,9 +71,9 @@ class Optimize(Plugin):
     def advance(self, step: Step) -> Tensor:
         if id(step.run) not in self._descents:
             self._descents[id(step.run)] = self._begun(step.eps)
-        descent, last = self._descents[id(step.run)], step.index + 1 == step.num_steps
+        descent = self._descents[id(step.run)]
         small = rms(step.eps) < self.settings.tolerance  # (B, 1, 1, 1)
-        descent.finish(small & (step.sigma <= SETTLED * step.alpha) | last, step.x0)
+        descent.finish(small & (step.sigma <= SETTLED * step.alpha) | step.last, step.x0)
         if descent.done.all():
             step.stop(descent.result)
         # What the noise must fall by, in the coordinates of this step's latents.
