@@ -146,18 +146,20 @@ def all_series() -> list[Series]:
 
 def variants() -> list[Series]:
     """`balanced` for a label, with up to 75 calls of the UNet."""
-    often, looks = {"base": "balanced", "recurrence": 3}, {"cutouts": 8, "stop": 0.6}
-    through = {"gradient": "latents"}
+    looks = {"cutouts": 4, "stop": 0.8}
+    often = {"base": "balanced", "recurrence": 3, "recurrence_stop": 0.8}
+    as_freedom = {**often, "recurrence_start": 0.3, "recurrence_stop": 0.6}
+    always = {"base": "balanced", "recurrence": 3, "gradient": "latents"}
 
     def series(change: str, *args: Any, **changes: Any) -> Series:
         return Series("label", f"balanced, {change}", 4.0, *args, **changes)
 
     return [
-        series("8 cutouts, stop 0.6", guide=looks),
-        series("8 cutouts, stop 0.6, 75 steps", guide=looks, run={"steps": 75}),
-        series("3 recurrences", often),
-        series("latents, 3 recurrences", often, through),
-        series("latents, 3 recurrences, 8 cutouts, stop 0.6", often, {**through, **looks}),
+        series("4 cutouts, stop 0.8", guide=looks),
+        series("4 cutouts, stop 0.8, 65 steps", guide=looks, run={"steps": 65}),
+        series("4 cutouts, stop 0.8, 3 recurrences", often, looks),
+        series("4 cutouts, stop 0.8, recurrence of freedom", as_freedom, looks),
+        series("latents, 3 recurrences, ddim", always, run={"scheduler": "ddim"}),
     ]
 
 
