@@ -289,3 +289,21 @@ def test_x0_before_the_network_has_run_says_so(sampler):
 def test_another_kind_of_pipeline_is_refused():
     with pytest.raises(pilotfish.ModelError, match="got dict; pilotfish takes a StableDiffusion"):
         Sampler.from_pipeline({})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"in_channels": 9},  # inpainting
+        {  # Stable Diffusion XL
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64,
+        },
+    ],
+)
+def test_a_unet_that_takes_more_than_latents_and_a_prompt_is_refused(other):
+    pipeline = random_pipeline()
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, **other)
+    with pytest.raises(pilotfish.ModelError, match="more than latents and a prompt"):
+        Sampler.from_pipeline(pipeline)

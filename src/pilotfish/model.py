@@ -105,6 +105,13 @@ class StableDiffusion:
                 "this UNet takes the guidance scale as an input (a distilled LCM); "
                 "pilotfish takes models that are guided by two predictions"
             )
+        # diffusers loads a folder of another family's pipeline as one of this kind.
+        config, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
+        if config.addition_embed_type is not None or config.in_channels != channels:
+            raise ModelError(
+                "this UNet takes more than latents and a prompt, as those of Stable Diffusion XL "
+                "and of inpainting do; pilotfish takes Stable Diffusion 1.x and 2.x"
+            )
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler = pipeline.scheduler
