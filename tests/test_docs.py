@@ -1,4 +1,4 @@
-"""Every page says what is so: commands and their answers, checks, hooks."""
+"""Every page says what is so: commands and their answers, checks, hooks, the interface."""
 
 import importlib.util
 import os
@@ -8,24 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import pilotfish
+from pilotfish import Run, hookspecs, testing, view
 from pilotfish.cli import main
+from pilotfish.cli.program import OWN
 from pilotfish.testing import CHECKS, random_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
-PLUGINS = (DOCS / "plugins.md").read_text()
+PAGES = {page.stem: page.read_text() for page in sorted(DOCS.glob("*.md"))}
+WRITTEN = sorted(script.stem for script in DOCS.glob("make_*.py"))
 BLOCK = re.compile(r"(?:<!-- file: (?P<file>\S+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.S)
 
 
-def blocks(kind):
-    return [m.groupdict() for m in BLOCK.finditer(PLUGINS) if m["kind"] == kind]
+def blocks(page, kind):
+    return [m.groupdict() for m in BLOCK.finditer(PAGES[page]) if m["kind"] == kind]
 
 
-def answers():
+def answers(page):
     """Each command of the page with its answer, in order."""
-    text = "\n".join(block["text"] for block in blocks("console"))
+    text = "\n".join(block["text"] for block in blocks(page, "console"))
     parts = re.split(r"^\$ (.*)\n", text, flags=re.M)[1:]
     return list(zip(parts[::2], (answer.strip() for answer in parts[1::2]), strict=True))
 
@@ -45,8 +49,8 @@ def run(command, monkeypatch):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder with the files of the page; packages look as long as in a fresh shell."""
-    for block in (m.groupdict() for m in BLOCK.finditer(PLUGINS)):
+    """An empty folder with the files of all pages; packages look as long as in a fresh shell."""
+    for block in (m.groupdict() for text in PAGES.values() for m in BLOCK.finditer(text)):
         if block["file"]:
             (tmp_path / block["file"]).write_text(block["text"])
     monkeypatch.chdir(tmp_path)
@@ -55,8 +59,10 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_plugins_page_answers_as_the_page_says(workplace, monkeypatch):
-    for command, answer in answers():
+@pytest.mark.parametrize("page", ["index", "plugins"])
+def test_every_command_answers_as_its_page_says(workplace, monkeypatch, page):
+    assert answers(page)
+    for command, answer in answers(page):
         pattern = re.escape(answer).replace(re.escape("..."), ".*")
         came = run(command, monkeypatch)
         assert re.fullmatch(pattern, came, re.S), f"{command}\n{came}"
@@ -65,35 +71,83 @@ def test_every_command_of_the_plugins_page_answers_as_the_page_says(workplace, m
 @pytest.mark.slow
 def test_every_python_block_of_the_plugins_page_runs(workplace, monkeypatch):
     monkeypatch.syspath_prepend(str(workplace))
-    for block in blocks("python"):
+    for block in blocks("plugins", "python"):
         if block["file"] != "typo.py":  # refused on purpose
             exec(compile(block["text"], "plugins.md", "exec"), {"__name__": "plugins_md"})
     monkeypatch.delitem(sys.modules, "my_loss")
 
 
-def test_every_python_block_of_the_views_page_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pilotfish, "load", random_sampler)  # the page's own model takes a minute
+@pytest.mark.parametrize("page", ["index", "views"])
+def test_every_python_block_of_a_page_runs_after_those_above_it(workplace, monkeypatch, page):
+    monkeypatch.setattr(pilotfish, "load", random_sampler)  # the pages' own model takes a minute
     names = {}
-    for block in BLOCK.finditer((DOCS / "views.md").read_text()):
-        if block["kind"] == "python":
-            exec(compile(block["text"], "views.md", "exec"), names)
-    shown = {p.name for p in tmp_path.glob("views-*.png")}
-    assert shown == {p.name for p in DOCS.glob("views-*.png")}
+    for block in blocks(page, "python"):
+        exec(compile(block["text"], f"{page}.md", "exec"), names)
+    shown = {p.name for p in workplace.glob("views-*.png")}
+    assert shown == ({p.name for p in DOCS.glob("views-*.png")} if page == "views" else set())
+
+
+def test_the_run_files_of_the_pages_can_be_read():
+    shown = [b for page in PAGES for b in blocks(page, "toml") if b["file"]]
+    assert shown
+    for block in shown:
+        assert Run.parse(block["text"])["plugins"]
 
 
 def test_the_plugins_page_lists_every_check_with_its_claim():
-    rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", PLUGINS, flags=re.M))
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| (.*) \|$", PAGES["plugins"], flags=re.M))
     assert {name: rows[name] for name in CHECKS} == {n: c.claim for n, c in CHECKS.items()}
 
 
-def test_the_page_of_hooks_is_the_one_that_the_specs_give():
-    spec = importlib.util.spec_from_file_location("make_hooks", DOCS / "make_hooks.py")
-    make_hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_hooks)
-    page = make_hooks.page()
-    assert (DOCS / "hooks.md").read_text() == page, "run python docs/make_hooks.py"
-    assert all(f"\n## {hook}\n" in page for hook in make_hooks.hookspecs.KINDS)
+@pytest.mark.parametrize("script", WRITTEN)
+def test_what_a_script_writes_is_what_it_would_write_now(script):
+    spec = importlib.util.spec_from_file_location(script, DOCS / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.FILE.read_text() == module.page(), f"run python docs/{script}.py"
+
+
+@pytest.mark.parametrize("hook", hookspecs.KINDS)
+def test_every_hook_has_its_section(hook):
+    assert f"\n## {hook}\n" in PAGES["hooks"]
+
+
+def test_the_command_line_page_has_every_command_with_each_of_its_options():
+    """By another way than the script's: click's own tree, not the text of its help."""
+
+    def check(command, path):
+        _, _, after = PAGES["commands"].partition(f"\n## {path}\n")
+        section = after.partition("\n## ")[0]
+        for name in (name for p in command.params for name in p.opts if name.startswith("--")):
+            assert name in section, f"{path} {name}"
+        for name in getattr(command, "commands", ()) or command_names(command):
+            check(command.get_command(None, name), f"{path} {name}")
+
+    def command_names(command):
+        return OWN if command is main else ()
+
+    check(main, "pilotfish")
+
+
+@pytest.mark.parametrize("module", [pilotfish, view, testing], ids=lambda module: module.__name__)
+def test_the_python_page_has_every_public_name(module):
+    told = set(re.findall(r"^::: pilotfish\S*\.(\w+)$", PAGES["python"], flags=re.M))
+    for title in re.findall(r"^#{2,3} (.*?) \{", PAGES["python"], flags=re.M):
+        told |= set(re.findall(r"\w+", title))
+    assert not set(module.__all__) - told
+
+
+def test_every_page_is_in_the_navigation():
+    nav = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())["nav"]
+    assert {f"{page}.md" for page in PAGES} <= set(leaves(nav))
+
+
+def leaves(nav):
+    """The files of a navigation, however deep they lie."""
+    if isinstance(nav, str):
+        return [nav]
+    items = nav.values() if isinstance(nav, dict) else nav
+    return [file for item in items for file in leaves(item)]
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

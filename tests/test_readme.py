@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def test_the_readme_has_no_kind_of_block_that_is_not_tested():
-    assert {b["kind"] for b in BLOCKS} == {"python", "bash", "toml"}
+    assert {b["kind"] for b in BLOCKS} == {"python", "bash"}
     assert len(BLOCKS) == README.count("```") / 2
 
 
@@ -71,14 +70,6 @@ def test_every_command_runs(workplace, command):
     assert result.exit_code == 0, result.output
     if "--out" in arguments:
         assert (workplace / arguments[arguments.index("--out") + 1]).stat().st_size > 100
-
-
-def test_every_toml_block_is_a_run_file_or_names_the_real_group():
-    for block in blocks("toml"):
-        if block["file"]:
-            assert Run.parse(block["text"])["plugins"]
-        else:
-            assert "pilotfish.plugins" in str(tomllib.loads(block["text"]))
 
 
 def test_every_file_that_the_readme_points_to_exists():

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 hookspec = pluggy.HookspecMarker("pilotfish")
 hookimpl = pluggy.HookimplMarker("pilotfish")
+"""Marks the hooks of an object that inherits from no `Plugin`: a decorator of its methods."""
 
 
 @hookspec

@@ -35,16 +35,19 @@ class Preset:
             the scheduler made of the unmoved ones.
         rule: how far: "sigma2", "rms", "residual", "plain" or "sphere" (`rules.py`).
         units: under "rms", what the prompt's pull is measured in: as it moves "x0", or in "eps".
-        rho, mu: multiply every guide's scale, where its gradient ends at the latents, and at x0.
-            Under "sphere", `rho` is the part of the noise's direction that the guides take.
+        rho: multiplies every guide's scale where its gradient ends at the latents. Under "sphere",
+            the part of the noise's direction that the guides take.
+        mu: multiplies every guide's scale where its gradient ends at x0.
         schedule: how rho and mu change over the run, 1 on average: "constant", or with the ratio
             `r` of two steps' abar as "increase" (r) or "decrease" (1 - r).
         iterations: steps of gradient descent on x0.
-        samples, smoothing: each loss is `-log mean exp(-loss)` over so many x0 with noise of
-            `smoothing` times the step's sigma (of variance-preserving latents).
+        samples: each loss is `-log mean exp(-loss)` over so many x0 with noise added.
+        smoothing: that noise, as a multiple of the step's sigma (of variance-preserving latents).
         recurrence: how often each step is taken: noise is put back in between.
-        recurrence_start, recurrence_stop: the part of the run in which it is, as fractions.
-        start, stop: the part of the run in which the guides act, within their own windows.
+        recurrence_start: the fraction of the run at which that begins.
+        recurrence_stop: the fraction at which it ends.
+        start: the fraction of the run at which guides begin to act, within their own windows.
+        stop: the fraction at which they end.
         combine: "sum", or "project": what a guide's gradient has against another's is taken out, at
             the cost of a backward pass through the decoder for each guide.
         trust: a bound on the guides' move, as a multiple of the prompt's pull; None is none.
@@ -213,6 +216,7 @@ PRESETS = {
         ),
     )
 }
+"""The presets by their names."""
 
 
 def find_preset(preset: str | Path | Preset | Mapping[str, Any]) -> Preset:

@@ -40,7 +40,8 @@ class Run:
     """Everything needed to repeat a run.
 
     Attributes:
-        prompt, negative_prompt: text; the negative prompt counts only with guidance.
+        prompt: text.
+        negative_prompt: text; counts only with guidance.
         steps: number of sampling steps, at least 1.
         guidance_scale: classifier-free guidance in diffusers' convention; 1 or less is off.
         scheduler: None for the model's own; a name ("lms"), a diffusers scheduler, or a table with
@@ -49,7 +50,8 @@ class Run:
             `base`, or a `pilotfish.Preset`.
         seed: of the first image; the next ones have `seed + 1`, ... Drawn where not given.
         num_images: images with the same prompt, run as one batch.
-        height, width: in pixels; None for the model's own size.
+        height: in pixels; None for the model's own.
+        width: as `height`.
         checkpointing: recompute instead of keeping what the network's gradient needs: less memory,
             about a third more work in a guided step. "auto": for networks of more than
             100 million parameters.

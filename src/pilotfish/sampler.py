@@ -59,7 +59,8 @@ class Stream(Iterator[Step]):
     """The steps of a run, one at a time; leaving early tears the plugins down.
 
     Attributes:
-        run, trace: as in `Result`; the trace grows with the steps.
+        run: as in `Result`.
+        trace: as in `Result`; it grows with the steps.
     """
 
     def __init__(self, sampling: Sampling) -> None:

@@ -31,3 +31,4 @@ CHECKS = {
         running.teardown,
     )
 }
+"""What every plugin must keep, check by check, by their names."""

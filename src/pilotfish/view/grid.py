@@ -61,7 +61,8 @@ class Grid(Shown):
     Args:
         start: begins a run from its content, the keyword arguments of `Sampler.stream`.
         content: what all runs have in common. A seed that is not given is drawn once for all.
-        x, y: the settings, `KEY=VALUE,VALUE,...`: from left to right, and from top to bottom.
+        x: the setting from left to right, `KEY=VALUE,VALUE,...`.
+        y: the setting from top to bottom; None is one row.
 
     Attributes:
         results: row by row; None where a run has not been made.
@@ -138,9 +139,12 @@ def grid(
     """One picture for each pair of two settings' values.
 
     Args:
-        x, y: `KEY=VALUE,VALUE,...`: any keyword argument of the sampler (`seed=1,2,3`), a plugin's
-            setting (`plugins.blue.scale=0,0.5,1`), or a knob of the preset (`recurrence=1,4`).
-        plugins, options: as in `Sampler.__call__`.
+        x: from left to right, `KEY=VALUE,VALUE,...`: any keyword argument of the sampler
+            (`seed=1,2,3`), a plugin's setting (`plugins.blue.scale=0,0.5,1`), or a knob of the
+            preset (`recurrence=1,4`).
+        y: the same from top to bottom; None is one row.
+        plugins: as in `Sampler.__call__`.
+        options: as in `Sampler.__call__`.
 
     Raises:
         InputError: something is wrong with any of the runs; none has been made then.

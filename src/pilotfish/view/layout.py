@@ -110,7 +110,8 @@ def table(
 
     Args:
         pictures: row by row; None leaves a place empty.
-        columns, rows: one label for each, or none at all.
+        columns: one label for each, or none at all.
+        rows: as `columns`.
         title: above all.
 
     Raises:
