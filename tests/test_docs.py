@@ -108,8 +108,9 @@ def test_what_a_script_writes_is_what_it_would_write_now(script):
 
 
 @pytest.mark.parametrize("hook", hookspecs.KINDS)
-def test_every_hook_has_its_section(hook):
+def test_every_hook_has_its_section_and_its_place_in_the_loop(hook):
     assert f"\n## {hook}\n" in PAGES["hooks"]
+    assert f">{hook}</text>" in (DOCS / "loop.svg").read_text()
 
 
 def test_the_command_line_page_has_every_command_with_each_of_its_options():
