@@ -77,7 +77,7 @@ def test_every_python_block_of_the_plugins_page_runs(workplace, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_loss")
 
 
-@pytest.mark.parametrize("page", ["index", "views"])
+@pytest.mark.parametrize("page", ["index", "questions", "views"])
 def test_every_python_block_of_a_page_runs_after_those_above_it(workplace, monkeypatch, page):
     monkeypatch.setattr(pilotfish, "load", random_sampler)  # the pages' own model takes a minute
     names = {}
@@ -85,6 +85,19 @@ def test_every_python_block_of_a_page_runs_after_those_above_it(workplace, monke
         exec(compile(block["text"], f"{page}.md", "exec"), names)
     shown = {p.name for p in workplace.glob("views-*.png")}
     assert shown == ({p.name for p in DOCS.glob("views-*.png")} if page == "views" else set())
+
+
+def commands(page):
+    return [line for block in blocks(page, "bash") for line in block["text"].splitlines()]
+
+
+@pytest.mark.parametrize("command", commands("questions"))
+def test_every_command_of_the_questions_can_be_given(workplace, monkeypatch, command):
+    if command.startswith("pilotfish generate"):
+        command += " --dry-run"  # everything is checked, nothing is loaded
+    if command.startswith("pilotfish replay"):
+        run("pilotfish generate cat --steps 2 --use blue --out campfire.png", monkeypatch)
+    assert "error" not in run(command, monkeypatch)
 
 
 def test_the_run_files_of_the_pages_can_be_read():
