@@ -128,7 +128,7 @@ STARTS = {
     "blue": {"deep-dive": 200.0, "clip-guided": 200.0, "dps": 200.0, "dsg": 2.0}
     | {"freedom": 10.0, "mpgd": 0.25, "tfg": 100.0, "ugd": 200.0, "lgd": 200.0},
 }
-SLOW = ("tfg", "ugd", "lgd")  # several decodes a step: last, so that the others are done
+SLOW = ("tfg", "ugd", "lgd")  # several decodes a step
 PROMPTED = Series("label", "prompted")
 FLOORS = (*(Series(task, "unguided") for task in TASKS), PROMPTED)
 
@@ -188,6 +188,7 @@ def plan(series: Sequence[Series], merit: Merit, *, quick: bool = False) -> Iter
         return
     yield from ((Point(s, scale), 0) for s in series for scale in walk(s, merit))
     tops = [top for s in series if (top := best(s, merit))]
+    tops.sort(key=lambda top: top.series.name in SLOW)  # so that most curves are done early
     for factors in ((1,), (2, 0.5), (4, 0.25)):
         around = [Point(top.series, top.scale * factor) for top in tops for factor in factors]
         yield from _batches(around, batches)
