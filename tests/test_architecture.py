@@ -34,7 +34,10 @@ ALLOWED = {
     "torchvision_fakes": set(),
     "schedulers": {"torchvision_fakes"},
     "decoders": {"noise", "torchvision_fakes"},
-    "model": {"decoders", "noise", "schedulers", "text", "torchvision_fakes"},
+    "checkpointing": set(),
+    "model": {
+        *("checkpointing", "decoders", "noise", "schedulers", "text", "torchvision_fakes"),
+    },
     "loading": {"model", "registry"},
     "step": {"guidance", "images", "noise", "run", "text"},
     "start": set(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import decoders, schedulers
+from .checkpointing import checkpointed, parts
 from .errors import InputError, ModelError
 from .noise import at_least_float32
 from .text import Conditioning, Embedding, TextEncoder
@@ -252,7 +253,8 @@ class StableDiffusion:
         parameters = [list(network.parameters()) for network in networks]
         big = [sum(p.numel() for p in ps) > AUTO_CHECKPOINTING_PARAMETERS for ps in parameters]
         chosen = {"on": networks, "auto": itertools.compress(networks, big), "off": ()}
-        return _Differentiable([*itertools.chain(*parameters)], tuple(chosen[checkpointing]))
+        layers = [layer for network in chosen[checkpointing] for layer in parts(network)]
+        return _Differentiable([*itertools.chain(*parameters)], layers)
 
     def refuse_gradients(self) -> str | None:
         """CPU offloading moves weights between forward and backward: no gradient survives it."""
@@ -268,19 +270,18 @@ class StableDiffusion:
 
 
 class _Differentiable(contextlib.AbstractContextManager[None]):
-    """No parameter asks for a gradient, and networks are checkpointed, while the context lasts.
+    """No parameter asks for a gradient, and layers are checkpointed, while the context lasts.
 
     It is entered at every step, so what it needs is looked up once: to walk through the modules of
     a network takes milliseconds.
     """
 
-    def __init__(self, parameters: list[Tensor], checkpointed: Sequence[Any]) -> None:
-        self._parameters, self._checkpointed = parameters, checkpointed
+    def __init__(self, parameters: list[Tensor], layers: list[Any]) -> None:
+        self._parameters, self._layers = parameters, layers
 
     def __enter__(self) -> None:
         with contextlib.ExitStack() as undo:
-            for network in self._checkpointed:
-                undo.enter_context(_checkpointed(network))
+            undo.enter_context(checkpointed(self._layers))
             for parameter in [p for p in self._parameters if p.requires_grad]:
                 parameter.requires_grad_(False)
                 undo.callback(parameter.requires_grad_, True)
@@ -288,19 +289,3 @@ class _Differentiable(contextlib.AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._undo.close()
-
-
-@contextlib.contextmanager
-def _checkpointed(network: Any) -> Iterator[None]:
-    """Gradient checkpointing on while the context lasts, then as it was."""
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    modules = [m for m in network.modules() if hasattr(m, names[0])]
-    before = [{name: vars(m)[name] for name in names if name in vars(m)} for m in modules]
-    network.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            for name in names:
-                vars(module).pop(name, None)
-            vars(module).update(own)

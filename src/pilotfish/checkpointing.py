@@ -1,0 +1,59 @@
+"""Gradient checkpointing: the parts of a network that are computed again instead of kept.
+
+Finer than diffusers' own, which keeps what lies between the parts of a UNet's attention, and
+computes a VAE's blocks again whole. A part here is a layer: what the graph keeps is little more
+than the layers' inputs, and what is in memory while one is computed again is little too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+# diffusers' classes by name: a block without attention, and the layers of the others.
+PARTS = {
+    *("DownBlock2D", "UpBlock2D", "ResnetBlock2D", "Attention", "Upsample2D", "Downsample2D"),
+    "BasicTransformerBlock",
+}
+
+
+def parts(network: Any) -> list[Any]:
+    """The modules of a network that are computed again, none inside another."""
+    if type(network).__name__ in PARTS or _is_short_transformer(network):
+        return [network]
+    return [part for child in network.children() for part in parts(child)]
+
+
+def _is_short_transformer(module: Any) -> bool:
+    """A transformer of one block, as Stable Diffusion 1.x and 2.x have: a layer like another."""
+    return type(module).__name__ == "Transformer2DModel" and len(module.transformer_blocks) == 1
+
+
+@contextlib.contextmanager
+def checkpointed(modules: list[Any]) -> Iterator[None]:
+    """Modules that keep only their inputs for the gradient while the context lasts."""
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = _computed_again(module.forward, module.training)
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+def _computed_again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:
+    """A module's `forward`; one that draws (dropout in training) must draw the same again."""
+
+    def keeping_inputs(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+
+    return keeping_inputs
