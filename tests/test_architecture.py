@@ -25,7 +25,8 @@ ALLOWED = {
     "stack": {"hookspecs", "plugin", "registry"},
     "run": {"presets"},
     "generators": {"run"},
-    "guidance": {"noise"},
+    "clock": set(),
+    "guidance": {"clock", "noise"},
     "rules": {"guidance", "noise", "presets"},
     "schedule": {"generators", "guidance", "noise", "presets", "rules"},
     "text": {"stack"},
@@ -43,8 +44,8 @@ ALLOWED = {
     "start": set(),
     "regions": {"images"},
     "guides": {
-        *("generators", "guidance", "noise", "plugin", "presets", "regions", "rules", "run"),
-        *("schedule", "stack", "step", "trace"),
+        *("clock", "generators", "guidance", "noise", "plugin", "presets", "regions", "rules"),
+        *("run", "schedule", "stack", "step", "trace"),
     },
     "loop": {
         *("generators", "guides", "images", "prompts", "run", "schedule", "stack", "start"),

@@ -15,6 +15,7 @@ from pilotfish.guidance import (
     Leaves,
     Pull,
     Trunk,
+    cosines,
     leaf_gradients,
     rms,
     without_conflicts,
@@ -126,7 +127,7 @@ def raised(combination, *active):
             value = loss(leaves("image"))
             found = leaf_gradients(value, leaves, 1)
             pulls.append(Pull("guide", scale, ("x0",), value.detach(), found))
-    assert pulls[0].cosine(pulls[1]) == 0  # in the picture, nothing shows
+    assert cosines(pulls)[0, 0, 1] == 0  # in the picture, nothing shows
     preset = dataclasses.replace(PRESETS["balanced"], combine=combination)
     place = Place(LEVEL, FOLLOWING, torch.ones(1, 1, 1, 1, dtype=torch.float64))
     image = decode(combine([trunk], [pulls[i] for i in active], preset, place))

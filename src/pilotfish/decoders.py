@@ -19,7 +19,8 @@ import diffusers  # noqa: E402  # after the declaration, because it imports torc
 
 def enlarged(rgb: Tensor, factor: int) -> Tensor:
     """Colours at latent size (B, 3, H, W), interpolated to the image's (B, 3, 8H, 8W)."""
-    rows, columns = (_interpolation(length, factor).to(rgb) for length in rgb.shape[2:])
+    matrices = [_interpolation(length, factor) for length in rgb.shape[2:]]
+    rows, columns = (matrix.to(rgb, non_blocking=True) for matrix in matrices)
     # Products, because the gradient of `interpolate` is not deterministic on CUDA.
     return rows.T @ rgb @ columns
 

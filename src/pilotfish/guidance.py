@@ -12,7 +12,6 @@ How far the sum then moves what, is `rules.py`.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .clock import Span, mark
 from .noise import at_least_float32
 
 End = Literal["x0", "latents"]
@@ -56,7 +56,12 @@ class Trunk:
         self._x0 = x0.detach().requires_grad_()
         self._build = {"x0": lambda x0: x0, "rgb": to_rgb, "image": decode}
         self._nodes: dict[str, Tensor] = {}
-        self.seconds = 0.0  # spent building
+        self.spans: list[Span] = []  # of building
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._x0.device
 
     def shifted(self, offset: Tensor) -> Trunk:
         """The trunk of this x0 plus a constant, over the same network."""
@@ -67,10 +72,10 @@ class Trunk:
     def node(self, name: str) -> Tensor:
         """The trunk's own value of that name, built on first use."""
         if name not in self._nodes:
-            start = time.perf_counter()
+            start = mark(self.device)
             with torch.enable_grad():
                 self._nodes[name] = self._build[name](self._x0)
-            self.seconds += time.perf_counter() - start
+            self.spans.append((start, mark(self.device)))
         return self._nodes[name]
 
     def to_x0(self, name: str, cotangent: Tensor, retain_graph: bool) -> Tensor:
@@ -93,9 +98,10 @@ def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: 
     half-precision trunk from underflow: pixel gradients of a CLIP loss at 512 pixels lie below the
     smallest normal float16.
     """
-    _, exponents = cotangent.abs().amax(dim=(1, 2, 3)).frexp()
-    powers = [2.0 ** -max(-120, min(120, e)) for e in exponents.tolist()]  # normal in float32
-    scale = cotangent.new_tensor(powers).view(-1, 1, 1, 1)
+    largest = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True)
+    mantissa, _ = largest.frexp()
+    power = torch.where(largest > 0, mantissa / largest, 1)  # exact: the quotient is a power of two
+    scale = power.clamp(2.0**-120, 2.0**120)  # normal in float32
     (pulled,) = torch.autograd.grad(
         output, source, (cotangent * scale).to(output.dtype), retain_graph
     )
@@ -124,6 +130,7 @@ class Pull:
         loss: (B,).
         gradients: its own gradient at each leaf that it read, unweighted.
         area: the part of the picture that it acts in, 0 to 1.
+        seconds: that its loss and gradient took, when the device has done them.
         share: (B,), its part of the step's move, set by `sum_at_x0`; the parts add up to 1 when
             `share_out` is done.
     """
@@ -134,30 +141,31 @@ class Pull:
     loss: Tensor
     gradients: dict[Leaf, Tensor]
     area: float = 1.0
-    seconds: float = 0.0
+    seconds: Callable[[], float] = lambda: 0.0
     share: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @cached_property
     def norm(self) -> Tensor:
         """L2 norm of the gradient over all leaves, (B,)."""
-        squares = [g.square().sum(dim=(1, 2, 3)) for g in self.gradients.values()]
-        return torch.stack(squares).sum(dim=0).sqrt()
-
-    def cosine(self, other: Pull) -> Tensor | None:
-        """Of the angle to another guide's gradient, both times their scales' signs, (B,).
-
-        -1: they pull against each other. None where they read no leaf in common.
-        """
-        common = self.gradients.keys() & other.gradients.keys()
-        if not common:
-            return None
-        products = _sum((self.gradients[c] * other.gradients[c]).sum((1, 2, 3)) for c in common)
-        sign = math.copysign(1, self.scale * other.scale)
-        return sign * products * inverse(self.norm * other.norm)
+        norms = [torch.linalg.vector_norm(g, dim=(1, 2, 3)) for g in self.gradients.values()]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return norm
 
     def times(self, factor: Tensor) -> dict[Leaf, Tensor]:
         """The gradient times a number for each image, (B,)."""
         return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
+
+    def fault(self) -> str | None:
+        """What is not finite in it, or None."""
+        if not self.loss.isfinite().all():
+            return f"returned a loss that is not finite: {_listed(self.loss)}"
+        for (_, leaf), gradient in self.gradients.items():
+            if bad := int((~gradient.isfinite()).sum()):
+                return (
+                    f"has a gradient that is not finite in {bad} of {gradient.numel()} values of "
+                    f"step.{leaf}"
+                )
+        return None
 
     def unit(self) -> Tensor:
         """What makes the gradient's root mean square 1 where it acts, over all its leaves, (B,)."""
@@ -180,16 +188,47 @@ def averaged(samples: Sequence[Pull]) -> Pull:
     }
     loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
     first = samples[0]
-    seconds = sum(pull.seconds for pull in samples)
-    return Pull(first.name, first.scale, first.ends, loss, gradients, first.area, seconds)
+    return Pull(
+        first.name,
+        first.scale,
+        first.ends,
+        loss,
+        gradients,
+        first.area,
+        seconds=lambda: sum(pull.seconds() for pull in samples),
+    )
+
+
+def cosines(pulls: Sequence[Pull]) -> Tensor:
+    """Of the angles between each two guides' gradients times their scales' signs, (B, k, k).
+
+    -1: they pull against each other. 0 where they read no leaf in common.
+    """
+    shape = (len(pulls[0].loss), len(pulls), len(pulls))
+    products = pulls[0].norm.new_zeros(shape)
+    for leaf in dict.fromkeys(leaf for pull in pulls for leaf in pull.gradients):
+        found = [pull.gradients.get(leaf) for pull in pulls]
+        nothing = torch.zeros_like(next(g for g in found if g is not None))
+        stacked = torch.stack([(nothing if g is None else g).flatten(1) for g in found], dim=1)
+        products = products + stacked @ stacked.mT  # (B, k, N) @ (B, N, k)
+    signed = [math.copysign(1, pull.scale) * inverse(pull.norm) for pull in pulls]
+    factors = torch.stack(signed, dim=1).unsqueeze(2)  # (B, k, 1)
+    return products * factors * factors.mT
+
+
+def all_finite(pulls: Sequence[Pull]) -> bool:
+    """Whether losses and gradients are: asked once, since a GPU must be waited for to answer."""
+    tensors = [tensor for pull in pulls for tensor in (pull.loss, *pull.gradients.values())]
+    # aminmax, because NaN wins every comparison in it, and it takes one pass.
+    extremes = [extreme for tensor in tensors for extreme in tensor.aminmax()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
 def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, Tensor]:
     """The gradient of a guide's loss at each leaf that it read.
 
     Raises:
-        LossFault: the loss is no tensor, has not one value per image, has no graph, or it or its
-            gradient is not finite.
+        LossFault: the loss is no tensor, has not one value per image, or has no graph.
     """
     if not isinstance(loss, Tensor):
         raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
@@ -205,19 +244,11 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, 
             "returned a loss without a graph; compute it from step.x0, step.rgb or step.image "
             "with torch operations, without detach(), no_grad() or numpy"
         )
-    if not loss.isfinite().all():
-        raise LossFault(f"returned a loss that is not finite: {_listed(loss)}")
     total = at_least_float32(loss).sum()
     found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
     gradients = {(0, name): g for name, g in zip(leaves.read, found, strict=True) if g is not None}
     if not gradients:
         raise LossFault("returned a loss that does not depend on step.x0, step.rgb or step.image")
-    for (_, leaf), gradient in gradients.items():
-        if bad := int((~gradient.isfinite()).sum()):
-            raise LossFault(
-                f"has a gradient that is not finite in {bad} of {gradient.numel()} values of "
-                f"step.{leaf}"
-            )
     return gradients
 
 
@@ -240,13 +271,15 @@ def sum_at_x0(
     for leaf in dict.fromkeys(name for w in weighted for name in w):
         sample, name = leaf
         total = _sum(w[leaf] for w in weighted if leaf in w)
+        size = rms(total)
         pulled = trunks[sample].to_x0(name, total, retain_graph)
         if keep_size:
-            pulled = resized(pulled, rms(total))
+            pulled = resized(pulled, size)
         parts.append(pulled)
+        to_x0 = rms(pulled) * inverse(size)
         for pull, w in zip(pulls, weighted, strict=True):
             if leaf in w:  # its part of this leaf's sum, in x0's units
-                part = rms(pulled) * rms(w[leaf]) * inverse(rms(total))
+                part = rms(w[leaf]) * to_x0
                 pull.share = part.flatten() + (pull.share if len(pull.share) else 0)
     return _sum(parts)
 
@@ -288,7 +321,8 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square per image, (B, 1, 1, 1)."""
-    return tensor.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True)
+    return norm / math.sqrt(tensor[0].numel())
 
 
 def resized(tensor: Tensor, size: Tensor) -> Tensor:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import rules
+from . import clock, rules
 from .errors import InputError, ModelError, PluginError
 from .generators import Generators, draw
-from .guidance import End, Leaves, LossFault, Pull, Trunk, averaged, leaf_gradients
+from .guidance import (
+    End,
+    Leaves,
+    LossFault,
+    Pull,
+    Trunk,
+    all_finite,
+    averaged,
+    cosines,
+    leaf_gradients,
+)
 from .noise import CLEAN, at_least_float32
 from .plugin import Guide
 from .presets import find_preset
@@ -126,9 +135,21 @@ class Guides:
         x0 = at_least_float32(latents)
         done = dataclasses.replace(moment, latents=latents, known_x0=x0, level=CLEAN, views={})
         trunk, acted = Trunk(x0, decode, self._run.model.rgb), set(self._trace.plugins)
-        for guide in self._stack.calls["loss_guidance"]:
-            if guide.name in acted - self._disabled and (pull := self._pull(done, guide, trunk)):
-                self._trace.append(self._record(done, pull, []))
+        guides = [g for g in self._stack.calls["loss_guidance"] if g.name in acted - self._disabled]
+        for pull in self._pulls(done, guides, trunk, [])[1]:
+            loss, norm = torch.stack([pull.loss, pull.norm]).tolist()
+            self._trace.append(
+                Record(
+                    done.index,
+                    done.level.sigma,
+                    pull.name,
+                    loss=tuple(loss),
+                    gradient_norm=tuple(norm),
+                    seconds=pull.seconds(),
+                    repeat=done.repeat,
+                    final=True,
+                )
+            )
 
     def after_step(self, moment: Moment, latents: Tensor) -> Tensor:
         """The step's result, moved where the preset says so."""
@@ -167,7 +188,7 @@ class Guides:
             return self._pulls(moment, to_x0, trunk.shifted(move), offsets)
 
         move = rules.combine(trunks, pulls, self.preset, place, descend)
-        self._trace += [self._record(moment, p, pulls) for p in pulls]
+        self._trace += records(moment, pulls)
         return move
 
     def _offsets(self, moment: Moment) -> list[Tensor]:
@@ -183,31 +204,16 @@ class Guides:
         self, moment: Moment, guides: list[Call], trunk: Trunk, offsets: list[Tensor]
     ) -> tuple[list[Trunk], list[Pull]]:
         """Each guide's gradient, over all samples of x0, and the trunks to pull them back."""
-        if not offsets:
-            return [trunk], [p for guide in guides if (p := self._pull(moment, guide, trunk))]
-        trunks = [trunk.shifted(offset) for offset in offsets]
-        sampled = [[self._pull(moment, guide, t) for t in trunks] for guide in guides]
-        return trunks, [averaged([p for p in s if p]) for s in sampled if all(s)]
-
-    def _record(self, moment: Moment, own: Pull, pulls: list[Pull]) -> Record:
-        cosines = {p.name: own.cosine(p) for p in pulls if p is not own}
-        return Record(
-            moment.index,
-            moment.level.sigma,
-            own.name,
-            loss=_values(own.loss),
-            gradient_norm=_values(own.norm),
-            share=_values(own.share),
-            cosine={name: _values(c) for name, c in cosines.items() if c is not None},
-            seconds=own.seconds,
-            repeat=moment.repeat,
-            final=moment.level is CLEAN,
-        )
+        trunks = [trunk.shifted(offset) for offset in offsets] or [trunk]
+        asked = [[self._pull(moment, guide, t) for t in trunks] for guide in guides]
+        answered = [[pull for pull in pulls if pull] for pulls in asked if all(pulls)]
+        if not all_finite([pull for pulls in answered for pull in pulls]):
+            answered = [pulls for pulls in answered if self._is_finite(moment, pulls)]
+        return trunks, [averaged(pulls) if offsets else pulls[0] for pulls in answered]
 
     def _pull(self, moment: Moment, guide: Call, trunk: Trunk) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
-        leaves = Leaves(trunk)
-        start = time.perf_counter() - trunk.seconds
+        leaves, start, built = Leaves(trunk), clock.mark(trunk.device), len(trunk.spans)
         try:
             with torch.enable_grad():
                 loss = self._stack.call(
@@ -215,14 +221,14 @@ class Guides:
                 )
                 if loss is None:
                     return None
-                try:
-                    gradients = leaf_gradients(loss, leaves, self._run.num_images)
-                except LossFault as fault:
-                    self._stack.blame(guide.name, guide.hook, str(fault), moment.where)
+                gradients = leaf_gradients(loss, leaves, self._run.num_images)
+        except LossFault as fault:
+            self._blame(moment, guide.name, str(fault))
+            return None
         except PluginError as error:
             self._tolerate(error, moment, guide.name)
             return None
-        settings = getattr(guide.plugin, "settings", None)
+        own, shared = (start, clock.mark(trunk.device)), trunk.spans[built:]
         area = 1.0
         if region := self._regions.get(guide.name):
             masks = {leaf: region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
@@ -230,13 +236,27 @@ class Guides:
             area = region.area
         return Pull(
             name=guide.name,
-            scale=getattr(settings, "scale", 1.0),
+            scale=getattr(getattr(guide.plugin, "settings", None), "scale", 1.0),
             ends=self.ends(guide),
-            loss=loss.detach().reshape(self._run.num_images).float(),
+            loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(trunk.device),
             gradients=gradients,
             area=area,
-            seconds=time.perf_counter() - trunk.seconds - start,
+            seconds=lambda: clock.seconds([own]) - clock.seconds(shared),
         )
+
+    def _is_finite(self, moment: Moment, pulls: list[Pull]) -> bool:
+        """Whether one guide's pulls are; if not, it is blamed for it."""
+        fault = next((fault for pull in pulls if (fault := pull.fault())), None)
+        if fault:
+            self._blame(moment, pulls[0].name, fault)
+        return fault is None
+
+    def _blame(self, moment: Moment, name: str, what: str) -> None:
+        """Deal with a fault of a guide's loss by `on_error`."""
+        try:
+            self._stack.blame(name, "loss_guidance", what, moment.where)
+        except PluginError as error:
+            self._tolerate(error, moment, name)
 
     def _tolerate(self, error: PluginError, moment: Moment, name: str) -> None:
         """Raise, or write the guide's failure into the trace and go on without it."""
@@ -249,5 +269,27 @@ class Guides:
         self._trace.append(Record(moment.index, sigma, name, error=str(error), final=final))
 
 
-def _values(tensor: Tensor) -> tuple[float, ...]:
-    return tuple(tensor.tolist())
+def records(moment: Moment, pulls: list[Pull]) -> list[Record]:
+    """What each guide did at this step."""
+    own = torch.stack([torch.stack([pull.loss, pull.norm, pull.share]) for pull in pulls])
+    between = cosines(pulls).permute(1, 2, 0)
+    # All numbers are read at once: a GPU must be waited for each time.
+    values = torch.cat([own, between], dim=1).tolist()  # (k, 3 + k, B)
+    return [
+        Record(
+            moment.index,
+            moment.level.sigma,
+            pull.name,
+            loss=tuple(loss),
+            gradient_norm=tuple(norm),
+            share=tuple(share),
+            cosine={
+                other.name: tuple(cosine)
+                for other, cosine in zip(pulls, others, strict=True)
+                if other is not pull and other.gradients.keys() & pull.gradients.keys()
+            },
+            seconds=pull.seconds(),
+            repeat=moment.repeat,
+        )
+        for pull, (loss, norm, share, *others) in zip(pulls, values, strict=True)
+    ]

@@ -245,7 +245,7 @@ class StableDiffusion:
         ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1])
         ridge[-1, -1] = 0
         matrix: Tensor = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
-        return matrix
+        return matrix.to(self.device)  # once, not at every step
 
     def differentiable(self, checkpointing: str) -> contextlib.AbstractContextManager[None]:
         """UNet and VAE frozen, and checkpointed if asked, each time the context is entered."""

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+import os
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from torch.nn.functional import interpolate
 from pilotfish import ModelError, SettingsError
 from pilotfish.testing import check_plugin, random_sampler
 
+# cuBLAS reads it when it starts, and is not deterministic without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 CPU = torch.device("cpu")
 VISION = {
     "vit": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},

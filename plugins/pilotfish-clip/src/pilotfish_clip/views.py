@@ -66,10 +66,12 @@ def resizing(
     centers = start.unsqueeze(-1) + step * (torch.arange(outputs) + 0.5) - 0.5  # (..., outputs)
     whole = centers.floor()
     # Whole and fractional part go on apart, since float32 would lose digits of their sum.
-    rest, whole, width = (t.unsqueeze(-1).to(like) for t in (centers - whole, whole, step))
-    places = torch.arange(inputs).to(like)
+    rest, whole, width = (
+        t.unsqueeze(-1).to(like, non_blocking=True) for t in (centers - whole, whole, step)
+    )
+    places = torch.arange(inputs).to(like, non_blocking=True)
     weights = kernel((places - whole - rest) / width.clamp(min=1))
-    first, end = (t.unsqueeze(-1).to(like) for t in (start, start + length))
+    first, end = (t.unsqueeze(-1).to(like, non_blocking=True) for t in (start, start + length))
     weights = weights * ((places >= first) & (places < end)).unsqueeze(-2)
     return weights / weights.sum(-1, keepdim=True)
 
