@@ -36,16 +36,17 @@ def _is_short_transformer(module: Any) -> bool:
 @contextlib.contextmanager
 def checkpointed(modules: list[Any]) -> Iterator[None]:
     """Modules that keep only their inputs for the gradient while the context lasts."""
+    # In `vars`, because a module's own way to set an attribute takes long, and this is every step.
     before = [vars(module).get("forward") for module in modules]
     for module in modules:
-        module.forward = _computed_again(module.forward, module.training)
+        vars(module)["forward"] = _computed_again(module.forward, module.training)
     try:
         yield
     finally:
         for module, own in zip(modules, before, strict=True):
-            del module.forward
+            del vars(module)["forward"]
             if own is not None:
-                module.forward = own
+                vars(module)["forward"] = own
 
 
 def _computed_again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:

@@ -79,5 +79,10 @@ def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> An
 
 def decode_tiny(tiny: Any, latents: Tensor) -> Tensor:
     """As `StableDiffusion.decode`; a TAESD takes latents as they are: its `scaling_factor` is 1."""
-    scaled = latents.to(tiny.dtype) / tiny.config.scaling_factor + tiny.config.shift_factor
+    scaled = latents.to(dtype_of(tiny)) / tiny.config.scaling_factor + tiny.config.shift_factor
     return at_least_float32(tiny.decode(scaled, return_dict=False)[0]) / 2 + 0.5
+
+
+def dtype_of(network: torch.nn.Module) -> torch.dtype:
+    """Of its weights. diffusers' own `dtype` walks through all modules: a millisecond for a VAE."""
+    return next(network.parameters()).dtype

@@ -206,6 +206,8 @@ def cosines(pulls: Sequence[Pull]) -> Tensor:
     """
     shape = (len(pulls[0].loss), len(pulls), len(pulls))
     products = pulls[0].norm.new_zeros(shape)
+    if len(pulls) == 1:
+        return products
     for leaf in dict.fromkeys(leaf for pull in pulls for leaf in pull.gradients):
         found = [pull.gradients.get(leaf) for pull in pulls]
         nothing = torch.zeros_like(next(g for g in found if g is not None))

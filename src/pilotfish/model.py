@@ -172,7 +172,7 @@ class StableDiffusion:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Clean latents -> image (B, 3, 8H, 8W), at least float32, in [0, 1] but not clamped."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        scaled = latents.to(decoders.dtype_of(self.vae)) / self.vae.config.scaling_factor
         image: Tensor = self.vae.decode(scaled, return_dict=False)[0]  # (B, 3, 8H, 8W)
         result: Tensor = at_least_float32(image) / 2 + 0.5
         return result
