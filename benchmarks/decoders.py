@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 from pilotfish_emoji import BACKGROUNDS, OBJECTS
-from speed import RESULTS, count_flops, machine, ratios, stopwatch
+from timing.measure import count_flops, spread, stopwatch
+from timing.report import machine
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -36,6 +37,7 @@ from pilotfish import registry
 from pilotfish.model import diffusers
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = Path(__file__).parent / "results"
 GUIDES: dict[str, dict[str, Any]] = {
     "blue": {"use": "blue"},
     "palette": {"use": "palette", "colors": ["#14213d", "#fca311", "#e5e5e5"]},
@@ -188,6 +190,11 @@ def interleaved(rows: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return seconds
 
 
+def ratios(seconds: dict[str, list[float]], name: str, other: str) -> dict[str, float]:
+    """Of two rows of the same round."""
+    return spread([a / b for a, b in zip(seconds[name], seconds[other], strict=True)])
+
+
 def decode_and_back(decode: Decode, x0: Tensor) -> Tensor:
     """What a guided step does beside the network and the guides' own heads."""
     leaf = x0.clone().requires_grad_()
@@ -267,13 +274,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer pictures and rounds")
-    parser.add_argument("--out", type=Path, default=RESULTS / "decoders.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "decoders.json"
+    )
     parser.add_argument("--docs", type=Path, default=DOCS, help="of the plot")
     args = parser.parse_args(arguments)
     sampler = pilotfish.load()
     prompts, rounds = (1, 3) if args.quick else (PROMPTS, 25)
     result = {
-        "machine": machine(),
+        "machine": machine(torch.device("cpu")),
         "pictures": prompts * EACH,
         "rounds": rounds,
         "cost": cost(sampler, rounds),
