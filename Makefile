@@ -1,5 +1,5 @@
-# `make demo` shows the main job, `make test` checks everything, `make docs` builds the site; all
-# set up .venv first.
+# `make demo` shows the main job, `make gallery` runs all examples, `make test` checks everything,
+# `make docs` builds the site; all set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
@@ -7,10 +7,13 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 PROJECTS := pyproject.toml $(addsuffix pyproject.toml,$(PLUGINS))
 
-.PHONY: demo test fast lint docs setup
+.PHONY: demo gallery test fast lint docs setup
 
 demo: setup
 	$(BIN)/python examples/campfire.py
+
+gallery: setup
+	$(BIN)/python docs/make_gallery.py
 
 test: setup lint docs
 	$(PYTEST)
