@@ -78,6 +78,7 @@ def in_strip(picture):
     return [values[16:272, left : left + 256] for left in range(16, values.shape[1] - 16, 272)]
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_makes_the_gallerys_picture_and_reacts(name, make, make_gallery):
     picture = make(name)
@@ -144,6 +145,7 @@ def test_each_plugin_of_the_stack_changes_the_picture(make):
     assert len(changes) == 4 and min(changes) > 20
 
 
+@pytest.mark.slow
 def test_a_word_that_has_been_trained_no_longer_means_what_it_began_with(make):
     _, before, after = cells(make("textual_inversion"), 3, 4)
     assert not any(map(np.array_equal, before, after))

@@ -57,6 +57,7 @@ def test_the_hand_written_baseline_knows_torch_diffusers_and_open_clip_only():
     assert packages == {"torch", "diffusers", "open_clip"}
 
 
+@pytest.mark.slow
 def test_every_row_of_the_profile_is_on_the_page(smoke, timing):
     result, page = smoke
     scenes = timing("profiles").PROFILES["smoke"]
@@ -64,6 +65,7 @@ def test_every_row_of_the_profile_is_on_the_page(smoke, timing):
     assert all(f"| {row} |" in page for scene in scenes for row in scene.rows)
 
 
+@pytest.mark.slow
 def test_rows_without_a_guide_are_the_same_to_the_bit_and_the_others_to_rounding(smoke):
     apart = {k: v for scene in smoke[0]["scenes"] for k, v in scene["largest_difference"].items()}
     exact = {k for k in apart if k.endswith("/U0 latents")}
@@ -73,6 +75,7 @@ def test_rows_without_a_guide_are_the_same_to_the_bit_and_the_others_to_rounding
     assert all(apart[k] < 1e-5 for k in apart.keys() - exact)
 
 
+@pytest.mark.slow
 def test_rows_cost_what_their_work_predicts(counted):
     flops = {name: row["flops"] for name, row in counted.items()}
     assert flops["U0"] == flops["U1"] == flops["U2"] == flops["O0"] == flops["None"]
@@ -84,6 +87,7 @@ def test_rows_cost_what_their_work_predicts(counted):
     assert flops["O1 checkpointed"] > flops["O1"]
 
 
+@pytest.mark.slow
 def test_guides_share_one_call_of_the_network_and_one_decode(counted):
     calls = {n: (c["unet_calls"], c["decoder_calls"]) for n, c in counted.items()}  # in one step
     assert calls["U0"] == calls["None"] == (1, 1)  # the finished picture is decoded once
@@ -91,15 +95,18 @@ def test_guides_share_one_call_of_the_network_and_one_decode(counted):
     assert calls["N3"] == (4, 4)
 
 
+@pytest.mark.slow
 def test_a_guide_that_reads_colours_only_decodes_nothing(counted):
     assert counted["O1 rgb"]["decoder_calls"] == 1  # the finished picture
     assert counted["O1 rgb"]["flops"] < 1.001 * counted["U0"]["flops"]
 
 
+@pytest.mark.slow
 def test_checkpointing_lowers_the_peak_of_memory(counted):
     assert counted["O1 checkpointed"]["peak_bytes"] < counted["O1"]["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_the_result_names_no_host_and_no_folder(smoke):
     versions = {"python", "torch", "diffusers", "pilotfish"}
     assert set(smoke[0]["machine"]) == {"cpu", "cores", "threads", "gpu", *versions}
