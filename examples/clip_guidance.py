@@ -16,7 +16,7 @@ import pilotfish
 from pilotfish import view
 from pilotfish.images import save
 
-TEXTS = ("a fox", "a frog", "an owl")
+TEXTS = ("a cat", "a frog", "an owl")
 COLUMNS = {"unguided": None, "cheap: gradient at x0": "x0", "through the UNet": "latents"}
 # Noise put back and the step taken again washes out what only CLIP sees.
 PRESET = {"base": "balanced", "recurrence": 5, "recurrence_stop": 0.5}
