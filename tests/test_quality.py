@@ -1,5 +1,6 @@
 """The quality benchmark: its plan, its pictures, and its scores."""
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -165,3 +166,27 @@ def test_a_worker_knows_a_point_by_the_same_file(curves):
     for series in (*points.FLOORS, *points.all_series()):
         point = points.Point(series, 1.0)
         assert pickle.loads(pickle.dumps(point)).file("w", 0) == point.file("w", 0)
+
+
+@pytest.fixture
+def result():
+    """What the last run of the benchmark measured."""
+    return json.loads((BENCHMARKS / "results" / "quality.json").read_text())
+
+
+def test_the_tables_of_the_docs_are_those_of_the_results(curves, result):
+    found = curves.drawings.filled((ROOT / "docs" / "guidance.md").read_text())
+    assert found == curves.drawings.tables(result), "run python benchmarks/quality.py"
+    assert found.keys() == curves.points.TASKS.keys()
+
+
+def test_every_preset_has_results_of_64_pictures(curves, result):
+    whole = {(row["task"], row["series"]) for row in result["points"] if row["count"] >= 64}
+    wanted = {(series.task, series.name) for series in curves.points.all_series()}
+    assert wanted <= whole
+
+
+def test_the_results_are_of_the_weights_that_ship(curves, result):
+    from pilotfish_emoji import FOLDER
+
+    assert result["weights"] == curves.pictures.Lab(FOLDER, Path()).weights

@@ -92,10 +92,13 @@ def filled(page: str) -> dict[str, str]:
 
 
 def plot(rows: Sequence[Row], target: Path) -> None:
-    """A line of curves for each task."""
+    """A line of curves for each task; a series has the same colour in all of them."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(18, 3.6 * len(TITLES)), layout="constrained")
+    names = sorted({row["series"] for row in rows} - UNGUIDED)
+    colors = dict(zip(names, colormaps["tab20"].colors, strict=False))
+    figure = Figure(figsize=(20, 3.6 * len(TITLES)), layout="constrained")
     lines = figure.subplots(len(TITLES), 5, squeeze=False)
     for (task, title), axes in zip(TITLES.items(), lines, strict=True):
         last = [("distance", "object"), ("seconds", "object")]
@@ -105,30 +108,35 @@ def plot(rows: Sequence[Row], target: Path) -> None:
         for axis, (x, y) in zip(axes, panels, strict=True):
             for top in chosen(rows, task):
                 own = [row for row in rows if (row["task"], row["series"]) == (task, top["series"])]
-                _curve(axis, own, top, x, y)
-            axis.set(xlabel=AXES[x], ylabel=AXES[y], xscale="log" if x == "factor" else "linear")
+                _curve(axis, own, top, (x, y), colors.get(top["series"], "gray"))
+            if x == "factor":
+                axis.set_xscale("log", base=4)
+                axis.xaxis.set_major_formatter("{x:g}")
+            axis.set(xlabel=AXES[x], ylabel=AXES[y])
             axis.grid(alpha=0.3)
         axes[0].set_title(title)
-        if axes[-1].lines:
-            axes[-1].legend(fontsize=6)
+        if axes[-1].get_legend_handles_labels()[1]:
+            axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=70)
-    Image.open(target).quantize(64, dither=Image.Dither.NONE).save(target, optimize=True)
+    Image.open(target).quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
-def _curve(axis: Any, rows: Sequence[Row], top: Row, x: str, y: str) -> None:
+def _curve(axis: Any, rows: Sequence[Row], top: Row, panel: tuple[str, str], color: Any) -> None:
     """One series in one panel; of what is without a guide, a dotted line or a cross."""
+    x, y = panel
     if top["series"] in UNGUIDED:
         if x == "factor":
-            axis.axhline(_value(top, y, top), color="gray", linestyle=":")
+            axis.axhline(_value(top, y, top), color=color, linestyle=":")
         else:
-            axis.plot(_value(top, x, top), _value(top, y, top), "x", color="gray")
+            axis.plot(_value(top, x, top), _value(top, y, top), "x", color=color)
         return
     known = [row for row in rows if "distance" in row or "distance" not in (x, y)]
     known.sort(key=lambda row: row["scale"])
-    width = 2.5 if top["series"].startswith("balanced") else 1
+    width = 3 if top["series"].startswith("balanced") else 1.4
     places = [(_value(row, x, top), _value(row, y, top)) for row in known]
-    axis.plot(*zip(*places, strict=True), marker=".", linewidth=width, label=top["series"])
+    style = {"marker": ".", "linewidth": width, "color": color, "label": top["series"]}
+    axis.plot(*zip(*places, strict=True), **style)
 
 
 def _value(row: Row, name: str, top: Row) -> float:

@@ -145,8 +145,8 @@ def all_series() -> list[Series]:
 
 
 def variants() -> list[Series]:
-    """`balanced` for a label, with up to 75 calls of the UNet."""
-    looks = {"cutouts": 4, "stop": 0.8}
+    """For a label: `balanced` with up to 75 calls of the UNet, and the next best presets."""
+    looks, called = {"cutouts": 4, "stop": 0.8}, "4 cutouts, stop 0.8"
     often = {"base": "balanced", "recurrence": 3, "recurrence_stop": 0.8}
     as_freedom = {**often, "recurrence_start": 0.3, "recurrence_stop": 0.6}
     always = {"base": "balanced", "recurrence": 3, "gradient": "latents"}
@@ -155,11 +155,13 @@ def variants() -> list[Series]:
         return Series("label", f"balanced, {change}", 4.0, *args, **changes)
 
     return [
-        series("4 cutouts, stop 0.8", guide=looks),
-        series("4 cutouts, stop 0.8, 65 steps", guide=looks, run={"steps": 65}),
-        series("4 cutouts, stop 0.8, 3 recurrences", often, looks),
-        series("4 cutouts, stop 0.8, recurrence of freedom", as_freedom, looks),
+        series(called, guide=looks),
+        series(f"{called}, 65 steps", guide=looks, run={"steps": 65}),
+        series(f"{called}, 3 recurrences", often, looks),
+        series(f"{called}, recurrence of freedom", as_freedom, looks),
         series("latents, 3 recurrences, ddim", always, run={"scheduler": "ddim"}),
+        Series("label", f"dsg, {called}", 2.0, "dsg", looks),
+        Series("label", f"freedom, {called}", 8.0, "freedom", looks),
     ]
 
 
