@@ -110,8 +110,9 @@ def plot(rows: Sequence[Row], target: Path) -> None:
                 own = [row for row in rows if (row["task"], row["series"]) == (task, top["series"])]
                 _curve(axis, own, top, (x, y), colors.get(top["series"], "gray"))
             if x == "factor":
-                axis.set_xscale("log", base=4)
+                axis.set_xscale("log", base=2)
                 axis.xaxis.set_major_formatter("{x:g}")
+                axis.minorticks_off()
             axis.set(xlabel=AXES[x], ylabel=AXES[y])
             axis.grid(alpha=0.3)
         axes[0].set_title(title)
