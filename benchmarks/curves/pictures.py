@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from pilotfish_likeness.networks import load
+from timing.measure import counted
 from torch import Tensor
 
 import pilotfish
@@ -141,17 +141,6 @@ class Lab:
         """A finished batch: its `pictures`, `seconds` for each of them, and `calls` of the UNet."""
         file = self.file(point, batch)
         return dict(np.load(file)) if file.exists() else None
-
-
-@contextlib.contextmanager
-def counted(network: torch.nn.Module) -> Iterator[list[None]]:
-    """A list that grows by one with each call of the network."""
-    calls: list[None] = []
-    hook = network.register_forward_hook(lambda *_: calls.append(None))
-    try:
-        yield calls
-    finally:
-        hook.remove()
 
 
 def _digest(folder: Path, *parts: str) -> str:

@@ -151,22 +151,20 @@ def count_flops(run: Callable[[], object]) -> int:
 
 def count_calls(bench: Bench, run: Callable[[], object]) -> dict[str, int]:
     """How often a row calls the UNet and the decoder."""
-    networks = {"unet": bench.pipeline.unet, "decoder": bench.pipeline.vae.decoder}
-    calls = dict.fromkeys(networks, 0)
-
-    def counting(name: str) -> Callable[..., None]:
-        def count(*_: object) -> None:
-            calls[name] += 1
-
-        return count
-
-    hooks = [net.register_forward_hook(counting(name)) for name, net in networks.items()]
-    try:
+    with counted(bench.pipeline.unet) as unet, counted(bench.pipeline.vae.decoder) as decoder:
         run()
+    return {"unet": len(unet), "decoder": len(decoder)}
+
+
+@contextlib.contextmanager
+def counted(network: torch.nn.Module) -> Iterator[list[None]]:
+    """A list that grows by one with each call of the network."""
+    calls: list[None] = []
+    hook = network.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
     finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+        hook.remove()
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
