@@ -33,8 +33,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import pilotfish
-from pilotfish import registry
-from pilotfish.model import diffusers
+from pilotfish.hooks import registry
+from pilotfish.models.stable_diffusion import diffusers
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"

@@ -22,8 +22,8 @@ from curves.points import BATCH, Series, texts
 from torch import Tensor
 
 import pilotfish
-from pilotfish import rules
-from pilotfish.rules import rms
+from pilotfish.guidance import moves as rules
+from pilotfish.guidance.moves import rms
 
 USUAL, STRONG = 4.0, 7.5  # guidance_scale: of the emoji model's own tests, and pilotfish's default
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of `blue` without guidance: multiples of the constant

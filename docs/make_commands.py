@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from pilotfish.cli import main
 from pilotfish.cli.program import OWN
-from pilotfish.registry import COMMAND_GROUP, LIMIT, load_command
+from pilotfish.hooks.registry import COMMAND_GROUP, LIMIT, load_command
 
 FILE = Path(__file__).with_name("commands.md")
 PROJECTS = sorted(FILE.parents[1].glob("plugins/*/pyproject.toml"))

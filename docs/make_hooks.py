@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from pilotfish import Embedding, Start, Step, hookspecs
+from pilotfish import Embedding, Start, Step
+from pilotfish.hooks import specs as hookspecs
 
 FILE = Path(__file__).with_name("hooks.md")
 

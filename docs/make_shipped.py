@@ -9,7 +9,7 @@ from typing import Any
 
 from pilotfish import Guide
 from pilotfish.cli.listing import docstring_summary, hooks_of, setting_rows
-from pilotfish.registry import COMMAND_GROUP, MODEL_GROUP, PLUGIN_GROUP, load_class
+from pilotfish.hooks.registry import COMMAND_GROUP, MODEL_GROUP, PLUGIN_GROUP, load_class
 
 FILE = Path(__file__).with_name("shipped.md")
 PROJECTS = sorted(FILE.parents[1].glob("plugins/*/pyproject.toml"))

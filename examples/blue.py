@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 import pilotfish
-from pilotfish.images import save, strip
+from pilotfish.runs.pictures import save, strip
 
 SCALES = (0, 0.5, 1, 1.5, 2)
 

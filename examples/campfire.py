@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pilotfish
-from pilotfish.images import save, strip
+from pilotfish.runs.pictures import save, strip
 
 PROMPT = "a campfire on a black background"
 PICTURES = {

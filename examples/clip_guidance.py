@@ -14,7 +14,7 @@ from typing import Any
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 TEXTS = ("a cat", "a frog", "an owl")
 COLUMNS = {"unguided": None, "cheap: gradient at x0": "x0", "through the UNet": "latents"}

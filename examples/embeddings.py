@@ -18,7 +18,7 @@ from torch import Tensor
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 
 class Listen(pilotfish.Plugin):

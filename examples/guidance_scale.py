@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import pilotfish
-from pilotfish.images import save, strip
+from pilotfish.runs.pictures import save, strip
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 

@@ -17,7 +17,7 @@ import torch
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save, to_pil
+from pilotfish.runs.pictures import save, to_pil
 
 
 def bare_loop(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save, to_pil
+from pilotfish.runs.pictures import save, to_pil
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # part of the way to pure noise
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save, to_pil
+from pilotfish.runs.pictures import save, to_pil
 
 RULES: dict[str, list[object]] = {
     "no optimiser: DDIM": [],

@@ -14,7 +14,7 @@ from PIL import Image
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 PALETTES = (
     ("#003355", "#ffaa00"),

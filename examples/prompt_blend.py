@@ -14,7 +14,7 @@ from typing import Any
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 WEIGHTS = (0.0, 0.4, 0.5, 0.6, 1.0)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 NAMES = {"euler": "Euler", "heun": "Heun", "lms": "LMS", "dpmsolver-multistep": "DPM-Solver++"}
 

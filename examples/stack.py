@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pilotfish
-from pilotfish.images import save, strip
+from pilotfish.runs.pictures import save, strip
 
 STACK = (
     {"use": "token-blend", "word": "puppy", "mix": {"skunk": 0.45}},

@@ -16,7 +16,7 @@ from pilotfish_textual_inversion import Plan, train
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 PROMPTS = (
     "a {} on a pink background",

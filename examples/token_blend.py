@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 PAIRS = (("puppy", "skunk"), ("mouse", "leopard"))
 WEIGHTS = (0.0, 0.35, 0.45, 0.5, 0.55, 0.65, 1.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pilotfish
 from pilotfish import view
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 
 PAIRS = (("puppy", "cat"), ("campfire", "castle"))
 

@@ -10,9 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pilotfish.checkpointing import checkpointed, parts
-from pilotfish.model import diffusers
-from pilotfish.text import Conditioning
+from pilotfish.models.checkpointing import checkpointed, parts
+from pilotfish.models.stable_diffusion import diffusers
+from pilotfish.models.text import Conditioning
 
 
 @pytest.fixture(scope="module")

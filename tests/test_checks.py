@@ -9,7 +9,8 @@ import torch
 from pydantic import field_validator
 
 import pilotfish
-from pilotfish import Embedding, Guide, PilotfishError, Plugin, Setting, draw, hookimpl, registry
+from pilotfish import Embedding, Guide, PilotfishError, Plugin, Setting, draw, hookimpl
+from pilotfish.hooks import registry
 from pilotfish.testing import CHECKS, check_plugin, examine, random_sampler, random_step
 
 # ---- whole plugins ----

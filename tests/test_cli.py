@@ -12,13 +12,14 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pilotfish import Guide, Plugin, Setting, hookimpl, registry
+from pilotfish import Guide, Plugin, Setting, hookimpl
 from pilotfish.cli import dry_run, listing, main
 from pilotfish.cli.program import OWN
 from pilotfish.cli.report import latest_losses
-from pilotfish.run import Run
-from pilotfish.stack import Stack
-from pilotfish.trace import Record, Trace
+from pilotfish.hooks import registry
+from pilotfish.hooks.stack import Stack
+from pilotfish.runs.run import Run
+from pilotfish.sampling.trace import Record, Trace
 
 MY_LOSS = '''
 from typing import Literal

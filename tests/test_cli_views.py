@@ -73,7 +73,7 @@ def test_generate_writes_a_film_beside_the_picture_and_the_picture_stays(model, 
 
 
 def test_a_film_that_cannot_be_written_is_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr("pilotfish.loading.load", None)
+    monkeypatch.setattr("pilotfish.models.loading.load", None)
     done = call("generate", "a red cat", "--film", "cat.avi")
     assert done.exit_code == 1
     assert "cannot write cat.avi: end a film's name in .gif or .mp4" in done.stderr
@@ -102,7 +102,7 @@ def test_a_grid_on_the_command_line_is_the_grid_of_its_run_file(model):
 
 
 def test_models_and_number_formats_can_be_an_axis_and_each_is_loaded_once(model, monkeypatch):
-    from pilotfish import loading
+    from pilotfish.models import loading
 
     own, loads = loading.load, []
 

@@ -12,9 +12,10 @@ import yaml
 from click.testing import CliRunner
 
 import pilotfish
-from pilotfish import Run, hookspecs, testing, view
+from pilotfish import Run, testing, view
 from pilotfish.cli import main
 from pilotfish.cli.program import OWN
+from pilotfish.hooks import specs as hookspecs
 from pilotfish.testing import CHECKS, random_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,8 +9,8 @@ from pilotfish_emoji import judge as judges
 
 import pilotfish
 from pilotfish import Sampler
-from pilotfish.model import diffusers  # with torchvision mended first
-from pilotfish.registry import resolve
+from pilotfish.hooks.registry import resolve
+from pilotfish.models.stable_diffusion import diffusers  # with torchvision mended first
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pilotfish import Guide, Sampler
-from pilotfish.schedulers import available
+from pilotfish.models.schedulers import available
 from pilotfish.testing import random_pipeline
 
 SCHEDULERS = sorted(available())

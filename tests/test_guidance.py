@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, Sampler
-from pilotfish.guidance import Leaves, Pull, Trunk, leaf_gradients
-from pilotfish.noise import NoiseLevel
-from pilotfish.rules import CLEAN, Place, combine, prompt_pull
+from pilotfish.guidance.gradients import Leaves, Pull, Trunk, leaf_gradients
+from pilotfish.guidance.moves import CLEAN, Place, combine, prompt_pull
+from pilotfish.guidance.noise import NoiseLevel
 
 LEVEL = NoiseLevel(0.6, 0.8, 1 / 0.6, -0.8 / 0.6, "epsilon")
 FOLLOWING = NoiseLevel(0.8, 0.6, 1 / 0.8, -0.6 / 0.8, "epsilon")

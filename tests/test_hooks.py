@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import pilotfish
-from pilotfish import Guide, InputError, Plugin, PluginError, draw, hookspecs
-from pilotfish.stack import Stack
+from pilotfish import Guide, InputError, Plugin, PluginError, draw
+from pilotfish.hooks import specs as hookspecs
+from pilotfish.hooks.stack import Stack
 
 
 class Tell(Plugin):

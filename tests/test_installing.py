@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pilotfish.cli.new import create
-from pilotfish.registry import LIMIT
+from pilotfish.hooks.registry import LIMIT
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))

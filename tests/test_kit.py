@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner
 
 import pilotfish
-from pilotfish import Guide, InputError, PilotfishError, PluginError, SettingsError, registry
+from pilotfish import Guide, InputError, PilotfishError, PluginError, SettingsError
 from pilotfish.cli import main
 from pilotfish.cli import new as kit
+from pilotfish.hooks import registry
 from pilotfish.testing import CHECKS, check_plugin
 
 
@@ -289,7 +290,7 @@ def test_check_says_in_one_line_what_it_cannot_find(folder, use, words):
 
 def test_the_pytest_plugin_imports_nothing_heavy_until_a_fixture_is_asked_for():
     code = (
-        "import sys, pilotfish.pytest_plugin\n"
+        "import sys, pilotfish.testing.fixtures\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'PIL', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
@@ -299,7 +300,7 @@ def test_the_pytest_plugin_imports_nothing_heavy_until_a_fixture_is_asked_for():
 def test_the_package_offers_its_pytest_plugin():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     module, _, _ = project["entry-points"]["pytest11"]["pilotfish"].partition(":")
-    assert module == "pilotfish.pytest_plugin"
+    assert module == "pilotfish.testing.fixtures"
 
 
 TESTS = """

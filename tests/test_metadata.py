@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pilotfish import Guide, InputError, Run
-from pilotfish.images import KEY, read_run, save
+from pilotfish.runs.pictures import KEY, read_run, save
 
 
 def png(path, *texts, size=(8, 8), pixels=b""):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from pilotfish.noise import NoiseLevel, noise_level
-from pilotfish.schedulers import available
+from pilotfish.guidance.noise import NoiseLevel, noise_level
+from pilotfish.models.schedulers import available
 
 SCHEDULERS = {n: c for n, c in available().items() if n != "edm-euler"}
 TYPES = ["epsilon", "v_prediction", "sample"]

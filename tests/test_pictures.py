@@ -91,6 +91,6 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused(tmp_path, monkeypatch
         read("none.png")
     with pytest.raises(SettingsError, match=r"icon\.ico' \(Unidentified"):
         read(saved(Image.new("L", (16, 16)), tmp_path / "icon.ico"))
-    monkeypatch.setattr("pilotfish.images.PIXELS", 99)
+    monkeypatch.setattr("pilotfish.runs.pictures.PIXELS", 99)
     with pytest.raises(SettingsError, match=r"\(10, 10\) pixels; at most 99 in all are read"):
         read(saved(Image.new("L", (10, 10)), tmp_path / "large.png"))

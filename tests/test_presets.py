@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, InputError, Plugin, Preset, Sampler, draw
-from pilotfish.generators import seeded
-from pilotfish.guides import RECURRENCE, SAMPLES
-from pilotfish.noise import noise_level
-from pilotfish.presets import find_preset
+from pilotfish.guidance.noise import noise_level
+from pilotfish.guidance.presets import find_preset
+from pilotfish.models.text import Conditioning
+from pilotfish.sampling.generators import seeded
+from pilotfish.sampling.guides import RECURRENCE, SAMPLES
 from pilotfish.testing import GaussianModel
-from pilotfish.text import Conditioning
 
 INDEX, STEPS, W, SCALE = 4, 10, 3.0, 0.7  # the step that is guided, inside every preset's window
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pilotfish
-from pilotfish.registry import resolve
+from pilotfish.hooks.registry import resolve
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

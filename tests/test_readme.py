@@ -11,7 +11,7 @@ from PIL import Image
 
 from pilotfish import Run
 from pilotfish.cli import main
-from pilotfish.images import save
+from pilotfish.runs.pictures import save
 from pilotfish.testing import random_pipeline
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from pilotfish import Guide, SettingsError
-from pilotfish.regions import Region
+from pilotfish.guidance.regions import Region
 
 
 class Dark(Guide):

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from pilotfish import PRESETS, Guide, InputError, PilotfishError, PluginError, Run, registry
-from pilotfish.presets import find_preset
-from pilotfish.registry import Installed, parse_use, resolve
+from pilotfish import PRESETS, Guide, InputError, PilotfishError, PluginError, Run
+from pilotfish.guidance.presets import find_preset
+from pilotfish.hooks import registry
+from pilotfish.hooks.registry import Installed, parse_use, resolve
 
 WARMTH = '''
 from pilotfish import Guide, Setting

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, InputError, Sampler
-from pilotfish.guidance import (
+from pilotfish.guidance.gradients import (
     LONGER,
     Leaves,
     Pull,
@@ -20,9 +20,9 @@ from pilotfish.guidance import (
     rms,
     without_conflicts,
 )
-from pilotfish.noise import NoiseLevel
-from pilotfish.presets import find_preset
-from pilotfish.rules import UNIT, Place, combine
+from pilotfish.guidance.moves import UNIT, Place, combine
+from pilotfish.guidance.noise import NoiseLevel
+from pilotfish.guidance.presets import find_preset
 from pilotfish.testing import GaussianModel
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import pilotfish
 from pilotfish import Guide
 from pilotfish.cli import listing
-from pilotfish.registry import installed, load_class
-from pilotfish.stack import Stack
+from pilotfish.hooks.registry import installed, load_class
+from pilotfish.hooks.stack import Stack
 
 PROMPT = "a <ink> of a puppy and a skunk"
 NAMES = sorted(installed())

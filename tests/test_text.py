@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pilotfish import Plugin, PluginError
-from pilotfish.stack import Stack
-from pilotfish.text import embed, tokenize
+from pilotfish.hooks.stack import Stack
+from pilotfish.models.text import embed, tokenize
 
 INK = torch.randn(3, 16, generator=torch.Generator().manual_seed(9))
 

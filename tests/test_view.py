@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from pilotfish import Guide, InputError, PilotfishError, view
-from pilotfish.images import preview, to_pil
-from pilotfish.schedulers import available, diffusers
+from pilotfish.models.schedulers import available, diffusers
+from pilotfish.runs.pictures import preview, to_pil
 from pilotfish.view.layout import GAP, Label
 from pilotfish.view.tokens import SHADES
 

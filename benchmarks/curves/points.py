@@ -15,8 +15,9 @@ from typing import Any
 from pilotfish_emoji import BACKGROUNDS, OBJECTS
 from pilotfish_emoji.world import caption, random_style
 
-from pilotfish import PRESETS, Preset, rules
-from pilotfish.presets import find_preset
+from pilotfish import PRESETS, Preset
+from pilotfish.guidance import moves as rules
+from pilotfish.guidance.presets import find_preset
 
 BATCH, BATCHES = 16, 4  # pictures at a time, and for a whole point
 WISHED = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "crown")  # without a prompt

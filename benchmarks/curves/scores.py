@@ -17,7 +17,7 @@ from pilotfish_emoji.world import COLORS, GLYPHS, pixels, random_style, render
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pilotfish import registry
+from pilotfish.hooks import registry
 
 from .pictures import Lab
 from .points import BATCH, BATCHES, FLOORS, TASKS, WISHED, Point, Series, labels

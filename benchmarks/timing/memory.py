@@ -10,7 +10,7 @@ import handwritten
 import torch
 from torch import Tensor
 
-from pilotfish.model import StableDiffusion
+from pilotfish.models.stable_diffusion import StableDiffusion
 
 from . import measure, models
 from .rows import Bench

@@ -11,7 +11,7 @@ import open_clip
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from pilotfish.loading import locate
+from pilotfish.models.loading import locate
 from pilotfish.testing import random_pipeline
 
 diffusers.utils.logging.set_verbosity_error()  # it advises on casts and old configurations

@@ -12,21 +12,21 @@ from .errors import (
     PluginError,
     SettingsError,
 )
-from .hookspecs import hookimpl
-from .plugin import Guide, Plugin, Setting, guide
-from .presets import PRESETS, Preset
+from .guidance.presets import PRESETS, Preset
+from .hooks.plugin import Guide, Plugin, Setting, guide
+from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
     from . import view
-    from .generators import draw
-    from .images import pixels, read_picture
-    from .run import Run
-    from .sampler import Result, Sampler, Stream
-    from .start import Start
-    from .step import Step
-    from .text import Embedding
-    from .torchvision_fakes import mend_torchvision
-    from .trace import Record, Trace
+    from .models.text import Embedding
+    from .models.torchvision import mend_torchvision
+    from .runs.pictures import pixels, read_picture
+    from .runs.run import Run
+    from .sampling.generators import draw
+    from .sampling.sampler import Result, Sampler, Stream
+    from .sampling.start import Start
+    from .sampling.step import Step
+    from .sampling.trace import Record, Trace
 
 __all__ = [
     "PRESETS",
@@ -61,19 +61,19 @@ __all__ = [
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
 _LAZY = {
-    "Embedding": "text",
-    "Record": "trace",
-    "Result": "sampler",
-    "Run": "run",
-    "Sampler": "sampler",
-    "Start": "start",
-    "Step": "step",
-    "Stream": "sampler",
-    "Trace": "trace",
-    "draw": "generators",
-    "mend_torchvision": "torchvision_fakes",
-    "pixels": "images",
-    "read_picture": "images",
+    "Embedding": "models.text",
+    "Record": "sampling.trace",
+    "Result": "sampling.sampler",
+    "Run": "runs.run",
+    "Sampler": "sampling.sampler",
+    "Start": "sampling.start",
+    "Step": "sampling.step",
+    "Stream": "sampling.sampler",
+    "Trace": "sampling.trace",
+    "draw": "sampling.generators",
+    "mend_torchvision": "models.torchvision",
+    "pixels": "runs.pictures",
+    "read_picture": "runs.pictures",
 }
 
 
@@ -91,8 +91,8 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
         InputError: the model, its folder or the dtype does not exist.
         ModelError: the model cannot be loaded, or is not Stable Diffusion 1.x or 2.x.
     """
-    from . import loading
-    from .sampler import Sampler
+    from .models import loading
+    from .sampling.sampler import Sampler
 
     return Sampler(loading.load(model, device=device, dtype=dtype, **options))
 

@@ -436,7 +436,7 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused(
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(SettingsError, match=r"text\.png' \(UnidentifiedImageError"):
         sampler("", plugins=[Clip(image=tmp_path / "text.png", model=vit)])
-    monkeypatch.setattr("pilotfish.images.PIXELS", 48 * 40 - 1)
+    monkeypatch.setattr("pilotfish.runs.pictures.PIXELS", 48 * 40 - 1)
     with pytest.raises(SettingsError, match=r"\(48, 40\) pixels; at most 1919"):
         sampler("", plugins=[Clip(image=picture_file, model=vit)])
 

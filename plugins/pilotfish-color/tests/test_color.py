@@ -276,7 +276,7 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused(tmp_path, picture_fil
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(SettingsError, match=r"text\.png' \(UnidentifiedImageError"):
         Palette(image=tmp_path / "text.png")
-    monkeypatch.setattr("pilotfish.images.PIXELS", 400 * 399)
+    monkeypatch.setattr("pilotfish.runs.pictures.PIXELS", 400 * 399)
     with pytest.raises(SettingsError, match=r"\(400, 400\) pixels; at most 159600"):
         Palette(image=picture_file)
 

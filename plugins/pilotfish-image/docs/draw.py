@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 import pilotfish
-from pilotfish.images import strip
+from pilotfish.runs.pictures import strip
 
 HERE = Path(__file__).parent
 HOUSE = HERE / "drawing.png"

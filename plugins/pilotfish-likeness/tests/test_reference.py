@@ -241,7 +241,7 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused_before_the_first_step
         next(sampler.stream("", plugins=[Reference(image=tmp_path / "text.png")]))
     with pytest.raises(SettingsError, match=r"region must be.*none\.png' \(FileNotFoundError"):
         next(sampler.stream("", plugins=[Reference(image=picture_file, region="none.png")]))
-    monkeypatch.setattr("pilotfish.images.PIXELS", 48 * 40 - 1)
+    monkeypatch.setattr("pilotfish.runs.pictures.PIXELS", 48 * 40 - 1)
     with pytest.raises(SettingsError, match=r"\(48, 40\) pixels; at most 1919"):
         next(sampler.stream("", plugins=[Reference(image=picture_file)]))
 

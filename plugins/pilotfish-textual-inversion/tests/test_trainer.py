@@ -326,7 +326,7 @@ def test_pictures_that_cannot_be_read_are_named(sampler, pictures, tmp_path, mon
         learned(sampler, [tmp_path / "none.png"], tmp_path)
     with pytest.raises(InputError, match=r"out\.pt: end its name in \.safetensors"):
         train(sampler, pictures, tmp_path / "out.pt", PLAN)
-    monkeypatch.setattr("pilotfish.images.PIXELS", 64 * 40 - 1)
+    monkeypatch.setattr("pilotfish.runs.pictures.PIXELS", 64 * 40 - 1)
     with pytest.raises(InputError, match=r"a\.png.*\(40, 64\) pixels; at most 2559"):
         learned(sampler, pictures, tmp_path)
 

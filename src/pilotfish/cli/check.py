@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from .. import load
 from ..conformance import Outcome
-from ..loading import quiet
-from ..registry import resolve
+from ..hooks.registry import resolve
+from ..models.loading import quiet
 from ..testing import examine, random_sampler
 from .listing import columns
 

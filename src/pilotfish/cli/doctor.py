@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from ..registry import (
+from ..hooks.registry import (
     COMMAND_GROUP,
     MODEL_GROUP,
     PLUGIN_GROUP,
@@ -91,10 +91,10 @@ def versions() -> Iterator[Finding]:
 
 def networks() -> Iterator[Finding]:
     """Whether diffusers and transformers import, and next to which torchvision."""
-    if fault := attempt(lambda: importlib.import_module("pilotfish.model")):
+    if fault := attempt(lambda: importlib.import_module("pilotfish.models.stable_diffusion")):
         yield Finding("the networks", "diffusers or transformers", fault)
     if importlib.util.find_spec("torchvision") is not None and attempt(_torch) is None:
-        from .. import torchvision_fakes
+        from ..models import torchvision as torchvision_fakes
 
         state = torchvision_fakes.state()
         mended = "" if state == "whole" else " (mended: its transforms work)"

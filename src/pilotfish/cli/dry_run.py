@@ -11,16 +11,17 @@ from typing import Any
 
 import torch
 
-from .. import guidance, loading, schedulers
-from ..decoders import locate_tiny
-from ..generators import seeded
-from ..noise import NoiseLevel
-from ..plugin import Guide, Plugin
-from ..presets import Preset, find_preset
-from ..run import Run
-from ..stack import Call, Stack
-from ..step import Moment, Step
-from ..text import Conditioning
+from ..guidance import gradients as guidance
+from ..guidance.noise import NoiseLevel
+from ..guidance.presets import Preset, find_preset
+from ..hooks.plugin import Guide, Plugin
+from ..hooks.stack import Call, Stack
+from ..models import loading, schedulers
+from ..models.decoders import locate_tiny
+from ..models.text import Conditioning
+from ..runs.run import Run
+from ..sampling.generators import seeded
+from ..sampling.step import Moment, Step
 from .listing import columns, hooks_of
 
 ONCE = {

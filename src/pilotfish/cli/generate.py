@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from ..presets import PRESETS
+from ..guidance.presets import PRESETS
 from .program import debug_option
 
 if TYPE_CHECKING:
-    from ..run import Run
-    from ..sampler import Result, Stream
-    from ..stack import Stack
+    from ..hooks.stack import Stack
+    from ..runs.run import Run
+    from ..sampling.sampler import Result, Stream
     from ..view import Film
 
 Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
@@ -140,8 +140,8 @@ def generate(
 
 def build(content: Mapping[str, Any]) -> tuple[Stack, Run]:
     """Plugins and run, checked; no model is loaded yet."""
-    from ..run import Run
-    from ..stack import Stack
+    from ..hooks.stack import Stack
+    from ..runs.run import Run
 
     stack = Stack(content["plugins"])
     return stack, Run(**{key: value for key, value in content.items() if key != "plugins"})
@@ -170,7 +170,7 @@ class Output:
         Raises:
             PilotfishError: one cannot.
         """
-        from ..images import check_writable
+        from ..runs.pictures import check_writable
         from ..view.film import check_film
 
         check_writable(self.out)
@@ -202,9 +202,9 @@ def make_pictures(
 
 def start(stack: Stack, run: Run, model: Model) -> Stream:
     """Load the model; everything is checked before the first step."""
-    from ..loading import load, quiet
-    from ..loop import Sampling
-    from ..sampler import Stream
+    from ..models.loading import load, quiet
+    from ..sampling.loop import Sampling
+    from ..sampling.sampler import Stream
 
     quiet()
     return Stream(Sampling(load(**model), run, stack))

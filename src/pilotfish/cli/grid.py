@@ -14,7 +14,7 @@ import click
 from .program import debug_option
 
 if TYPE_CHECKING:
-    from ..sampler import Result, Sampler, Stream
+    from ..sampling.sampler import Result, Sampler, Stream
 
 
 @click.command()
@@ -58,7 +58,7 @@ def make_grid(content: dict[str, Any], x: str, y: str | None, out: str, device: 
     """Make a grid and write it, also where it breaks off; what there is to tell."""
     from tqdm import tqdm
 
-    from .. import images
+    from ..runs import pictures as images
     from ..view import Grid
 
     path, begin = images.check_writable(out), time.perf_counter()
@@ -76,8 +76,8 @@ def make_grid(content: dict[str, Any], x: str, y: str | None, out: str, device: 
 
 def starter(device: str | None) -> Callable[[dict[str, Any]], Stream]:
     """What begins a run from its content; each model is loaded once."""
-    from ..loading import load, quiet
-    from ..sampler import Sampler
+    from ..models.loading import load, quiet
+    from ..sampling.sampler import Sampler
 
     quiet()
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import tomli_w
 from pydantic.fields import FieldInfo
 
-from .. import hookspecs
-from ..plugin import Guide, Plugin
-from ..registry import COMMAND_GROUP, LIMIT, Installed, hidden, installed, limit, load_class
+from ..hooks import specs as hookspecs
+from ..hooks.plugin import Guide, Plugin
+from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, hidden, installed, limit, load_class
 
 # Attributes of what pydantic keeps in `FieldInfo.metadata`.
 BOUNDS = {

@@ -12,7 +12,7 @@ from string import Template
 import pilotfish
 
 from ..errors import InputError
-from ..registry import hidden, installed
+from ..hooks.registry import hidden, installed
 from .template import FILES
 
 PATTERN = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")

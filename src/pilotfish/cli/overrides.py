@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..change import apply, table
 from ..errors import InputError
-from ..run import Run
+from ..runs.changes import apply, table
+from ..runs.run import Run
 
 
 def compose(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PilotfishError, unknown
-from ..registry import COMMAND_GROUP, Installed, installed, load_command
+from ..hooks.registry import COMMAND_GROUP, Installed, installed, load_command
 from .listing import remark
 
 Command = TypeVar("Command", bound=Callable[..., Any])

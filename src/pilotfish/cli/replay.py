@@ -42,7 +42,7 @@ def replay(
     pilotfish replay campfire.png --out again.png
     pilotfish replay campfire.png --show > run.toml
     """
-    from ..images import read_run
+    from ..runs.pictures import read_run
     from .overrides import completed
 
     text = read_run(picture)
@@ -62,8 +62,8 @@ def checked(text: str, origin: str, model: str | None, trusted: bool) -> dict[st
     Raises:
         InputError: the run asks for what is not installed here under a name, and is not trusted.
     """
-    from ..change import table
-    from ..run import Run
+    from ..runs.changes import table
+    from ..runs.run import Run
     from .trust import asks
 
     content = Run.parse(text, origin)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..sampler import Result
-from ..trace import Trace
+from ..sampling.sampler import Result
+from ..sampling.trace import Trace
 
 
 def latest_losses(trace: Trace) -> str:

@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..images import PIXELS
-from ..presets import PRESETS
-from ..registry import MODEL_GROUP, installed
+from ..guidance.presets import PRESETS
+from ..hooks.registry import MODEL_GROUP, installed
+from ..runs.pictures import PIXELS
 
 MOST = 1000  # steps, images ...; a run of more should be meant
 

@@ -9,7 +9,7 @@ import click
 from .program import Commands, debug_option
 
 if TYPE_CHECKING:
-    from ..sampler import Sampler
+    from ..sampling.sampler import Sampler
     from ..view import Schedule, Tokens
 
 
@@ -54,9 +54,9 @@ def view_tokens(prompt: str, model: str | None, out: str | None) -> None:
 
 def loaded(model: str | None, out: str | None) -> Sampler:
     """A model, once it is clear that the picture can be written."""
-    from ..images import check_writable
-    from ..loading import load, quiet
-    from ..sampler import Sampler
+    from ..models.loading import load, quiet
+    from ..runs.pictures import check_writable
+    from ..sampling.sampler import Sampler
 
     if out is not None:
         check_writable(out)
@@ -66,7 +66,7 @@ def loaded(model: str | None, out: str | None) -> Sampler:
 
 def tell(shown: Schedule | Tokens, out: str | None) -> None:
     """Print a table, and write its picture where one is asked for."""
-    from ..images import save
+    from ..runs.pictures import save
 
     click.echo(shown)
     if out is not None:

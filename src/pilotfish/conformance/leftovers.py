@@ -21,7 +21,7 @@ _ENDS = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
 # Run by a fresh interpreter. Its last line is what the import left there, as JSON.
 _PROBE = """
 import gc, importlib, json, sys
-from pilotfish.registry import load_class
+from pilotfish.hooks.registry import load_class
 answer, target = {"missing": None, "networks": [], "tensors": 0}, sys.argv[1]
 try:
     kept = load_class(target) if ".py:" in target else importlib.import_module(target)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PilotfishError
-from ..plugin import Guide, Plugin, guide
-from ..sampler import Sampler
+from ..hooks.plugin import Guide, Plugin, guide
+from ..sampling.sampler import Sampler
 from .check import Broken, NotTried, check
 from .leftovers import shared_tensors, tensors_in
 from .still import settings, signature

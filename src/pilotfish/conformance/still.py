@@ -7,11 +7,11 @@ import inspect
 import sys
 from typing import Any
 
-from ..hookspecs import KINDS
-from ..plugin import Guide, Plugin, refuse_near_miss
-from ..registry import use_of
-from ..run import Run
-from ..stack import Stack
+from ..hooks.plugin import Guide, Plugin, refuse_near_miss
+from ..hooks.registry import use_of
+from ..hooks.specs import KINDS
+from ..hooks.stack import Stack
+from ..runs.run import Run
 from .check import Broken, NotTried, check
 from .leftovers import left_by_import
 from .trial import Trial

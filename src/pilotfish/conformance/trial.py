@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from ..errors import PilotfishError, PluginError
-from ..loop import Sampling
-from ..plugin import Guide, Plugin
-from ..run import Run
-from ..sampler import Sampler, Stream
-from ..stack import Call, Stack
-from ..step import Step
-from ..text import Embedding
-from ..trace import Trace
+from ..hooks.plugin import Guide, Plugin
+from ..hooks.stack import Call, Stack
+from ..models.text import Embedding
+from ..runs.run import Run
+from ..sampling.loop import Sampling
+from ..sampling.sampler import Sampler, Stream
+from ..sampling.step import Step
+from ..sampling.trace import Trace
 from .leftovers import tensors_in, world_state
 
 PROMPT = "a red cat"

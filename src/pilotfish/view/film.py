@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import images
 from ..errors import InputError, PilotfishError
+from ..runs import pictures as images
 from .layout import Shown, table
 
 if TYPE_CHECKING:
-    from ..step import Step
+    from ..sampling.step import Step
 
 COLUMNS = ("noisy latents", "predicted x0")
 FRAME_SIDE, SHEET_SIDE = 256, 128  # pixels, of an estimate's longer side

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from PIL import Image
 
-from ..change import apply
 from ..errors import InputError
-from ..registry import parse_value, split_outside
-from ..run import Options, Run
-from ..sampler import Result, Stream
+from ..hooks.registry import parse_value, split_outside
+from ..runs.changes import apply
+from ..runs.run import Options, Run
+from ..sampling.sampler import Result, Stream
 from .layout import Shown, table
 
 if TYPE_CHECKING:
-    from ..sampler import Sampler
+    from ..sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import images
 from ..errors import InputError
+from ..runs import pictures as images
 from .layout import Shown, table
 
 if TYPE_CHECKING:
-    from ..sampler import Sampler
+    from ..sampling.sampler import Sampler
 
 ERROR_GAIN = 4  # an error of a quarter is white
 

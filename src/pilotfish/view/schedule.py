@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..errors import PilotfishError
-from ..noise import noise_level
+from ..guidance.noise import noise_level
 from .layout import Shown
 
 

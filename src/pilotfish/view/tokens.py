@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..text import tokenize
+from ..models.text import tokenize
 from .layout import GAP, Label, Shown
 
 if TYPE_CHECKING:
-    from ..sampler import Sampler
+    from ..sampling.sampler import Sampler
 
 SHADES = ("#dbe7f5", "#f7e3c8")  # words in turn, so that the pieces of one are seen together
 FONT, ROW, LONGEST_LINE = 16, 8, 1000  # pixels, tokens, pixels

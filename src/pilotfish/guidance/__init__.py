@@ -1,0 +1,1 @@
+"""Pure mathematics: noise levels, gradients of losses, moves, presets, regions."""

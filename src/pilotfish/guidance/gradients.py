@@ -1,0 +1,341 @@
+"""From several losses to one move.
+
+The graph is split at leaves. All guides of a step share one trunk, `latents -> x0 -> image`; each
+guide sees detached leaves (`x0`, `rgb`, `image`) and has its own small head behind them. Its
+gradient at its leaves is cheap, is checked and weighed there, and the weighted sum is pulled back
+through the trunk once. The result is the gradient of the weighted sum of the losses, exactly; a
+broken guide is caught at its leaf and touches nobody else's gradient.
+
+How far the sum then moves what, is `rules.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..sampling.clock import Span, mark
+from .noise import at_least_float32
+
+End = Literal["x0", "latents"]
+Leaf = tuple[int, str]  # which sample of x0, and the form in which a guide read it
+
+# Two gradients with a cosine below -0.87 are so opposed that hardly anything is left but rounding
+# and chance. On the emoji model, blue against dim, 0.2 to 1 of a gradient's square is left.
+LONGER = 4.0
+
+
+class LossFault(Exception):
+    """What is wrong with a guide's loss, for the host to blame on the guide."""
+
+
+class Trunk:
+    """What all guides of one step share: latents -> x0 -> rgb and image, each built at most once.
+
+    Args:
+        x0: predicted clean latents (B, C, H, W), with a graph to `latents` where that is given.
+        decode: x0 -> image (B, 3, 8H, 8W).
+        to_rgb: x0 -> rgb (B, 3, H, W).
+        latents: the leaf that the graph of x0 starts from, if any guide's gradient goes there.
+    """
+
+    def __init__(
+        self,
+        x0: Tensor,
+        decode: Callable[[Tensor], Tensor],
+        to_rgb: Callable[[Tensor], Tensor],
+        latents: Tensor | None = None,
+    ) -> None:
+        self._predicted, self._latents = x0, latents
+        self._x0 = x0.detach().requires_grad_()
+        self._build = {"x0": lambda x0: x0, "rgb": to_rgb, "image": decode}
+        self._nodes: dict[str, Tensor] = {}
+        self.spans: list[Span] = []  # of building
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._x0.device
+
+    def shifted(self, offset: Tensor) -> Trunk:
+        """The trunk of this x0 plus a constant, over the same network."""
+        other = Trunk(self._x0.detach() + offset, self._build["image"], self._build["rgb"])
+        other._predicted, other._latents = self._predicted, self._latents
+        return other
+
+    def node(self, name: str) -> Tensor:
+        """The trunk's own value of that name, built on first use."""
+        if name not in self._nodes:
+            start = mark(self.device)
+            with torch.enable_grad():
+                self._nodes[name] = self._build[name](self._x0)
+            self.spans.append((start, mark(self.device)))
+        return self._nodes[name]
+
+    def to_x0(self, name: str, cotangent: Tensor, retain_graph: bool) -> Tensor:
+        """Pull a gradient at one leaf back to x0: one vector-Jacobian product."""
+        if name == "x0":
+            return cotangent
+        return _pull_back(self.node(name), self._x0, cotangent, retain_graph)
+
+    def to_latents(self, cotangent: Tensor) -> Tensor:
+        """Pull a gradient at x0 back to the latents, through the network."""
+        if self._latents is None:
+            raise ValueError("this trunk's x0 has no graph to the latents")
+        return _pull_back(self._predicted, self._latents, cotangent, retain_graph=False)
+
+
+def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: bool) -> Tensor:
+    """A vector-Jacobian product, scaled per image to magnitude one on the way.
+
+    It is linear in the cotangent, and powers of two are exact, so this changes nothing but saves a
+    half-precision trunk from underflow: pixel gradients of a CLIP loss at 512 pixels lie below the
+    smallest normal float16.
+    """
+    largest = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True)
+    mantissa, _ = largest.frexp()
+    power = torch.where(largest > 0, mantissa / largest, 1)  # exact: the quotient is a power of two
+    scale = power.clamp(2.0**-120, 2.0**120)  # normal in float32
+    (pulled,) = torch.autograd.grad(
+        output, source, (cotangent * scale).to(output.dtype), retain_graph
+    )
+    return pulled.to(cotangent.dtype) / scale
+
+
+class Leaves:
+    """The leaves that one guide has read: fresh, detached, and its own."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._trunk = trunk
+        self.read: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Tensor:
+        if name not in self.read:
+            self.read[name] = self._trunk.node(name).detach().requires_grad_()
+        return self.read[name]
+
+
+@dataclass
+class Pull:
+    """One guide's wish at one step.
+
+    Attributes:
+        ends: where its gradient ends.
+        loss: (B,).
+        gradients: its own gradient at each leaf that it read, unweighted.
+        area: the part of the picture that it acts in, 0 to 1.
+        seconds: that its loss and gradient took, when the device has done them.
+        share: (B,), its part of the step's move, set by `sum_at_x0`; the parts add up to 1 when
+            `share_out` is done.
+    """
+
+    name: str
+    scale: float
+    ends: tuple[End, ...]
+    loss: Tensor
+    gradients: dict[Leaf, Tensor]
+    area: float = 1.0
+    seconds: Callable[[], float] = lambda: 0.0
+    share: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """L2 norm of the gradient over all leaves, (B,)."""
+        norms = [torch.linalg.vector_norm(g, dim=(1, 2, 3)) for g in self.gradients.values()]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return norm
+
+    def times(self, factor: Tensor) -> dict[Leaf, Tensor]:
+        """The gradient times a number for each image, (B,)."""
+        return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
+
+    def fault(self) -> str | None:
+        """What is not finite in it, or None."""
+        if not self.loss.isfinite().all():
+            return f"returned a loss that is not finite: {_listed(self.loss)}"
+        for (_, leaf), gradient in self.gradients.items():
+            if bad := int((~gradient.isfinite()).sum()):
+                return (
+                    f"has a gradient that is not finite in {bad} of {gradient.numel()} values of "
+                    f"step.{leaf}"
+                )
+        return None
+
+    def unit(self) -> Tensor:
+        """What makes the gradient's root mean square 1 where it acts, over all its leaves, (B,)."""
+        count = self.area * sum(g[0].numel() for g in self.gradients.values())
+        return inverse(self.norm / count**0.5)
+
+
+def averaged(samples: Sequence[Pull]) -> Pull:
+    """The pull of `-log mean exp(-loss)` over the same guide's losses on several samples of x0.
+
+    Song et al. 2023, "Loss-Guided Diffusion", algorithm 1: its gradient is the mean of the
+    samples' own, weighted by `softmax(-loss)`.
+    """
+    losses = torch.stack([pull.loss for pull in samples])  # (samples, B)
+    weights = losses.neg().softmax(dim=0)
+    gradients = {
+        (k, name): weight.view(-1, 1, 1, 1) * g
+        for k, (weight, pull) in enumerate(zip(weights, samples, strict=True))
+        for (_, name), g in pull.gradients.items()
+    }
+    loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
+    first = samples[0]
+    return Pull(
+        first.name,
+        first.scale,
+        first.ends,
+        loss,
+        gradients,
+        first.area,
+        seconds=lambda: sum(pull.seconds() for pull in samples),
+    )
+
+
+def cosines(pulls: Sequence[Pull]) -> Tensor:
+    """Of the angles between each two guides' gradients times their scales' signs, (B, k, k).
+
+    -1: they pull against each other. 0 where they read no leaf in common.
+    """
+    shape = (len(pulls[0].loss), len(pulls), len(pulls))
+    products = pulls[0].norm.new_zeros(shape)
+    if len(pulls) == 1:
+        return products
+    for leaf in dict.fromkeys(leaf for pull in pulls for leaf in pull.gradients):
+        found = [pull.gradients.get(leaf) for pull in pulls]
+        nothing = torch.zeros_like(next(g for g in found if g is not None))
+        stacked = torch.stack([(nothing if g is None else g).flatten(1) for g in found], dim=1)
+        products = products + stacked @ stacked.mT  # (B, k, N) @ (B, N, k)
+    signed = [math.copysign(1, pull.scale) * inverse(pull.norm) for pull in pulls]
+    factors = torch.stack(signed, dim=1).unsqueeze(2)  # (B, k, 1)
+    return products * factors * factors.mT
+
+
+def all_finite(pulls: Sequence[Pull]) -> bool:
+    """Whether losses and gradients are: asked once, since a GPU must be waited for to answer."""
+    tensors = [tensor for pull in pulls for tensor in (pull.loss, *pull.gradients.values())]
+    # aminmax, because NaN wins every comparison in it, and it takes one pass.
+    extremes = [extreme for tensor in tensors for extreme in tensor.aminmax()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
+
+
+def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, Tensor]:
+    """The gradient of a guide's loss at each leaf that it read.
+
+    Raises:
+        LossFault: the loss is no tensor, has not one value per image, or has no graph.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
+    if loss.shape != (num_images,) and not (loss.ndim == 0 and num_images == 1):
+        axes = {2: "the last axis", 3: "the last two axes", 4: "the last three axes"}
+        raise LossFault(
+            f"returned shape {tuple(loss.shape)}; expected one value per image, shape "
+            f"({num_images},): reduce over {axes.get(loss.ndim, 'all axes but the first')}, never "
+            "over the batch"
+        )
+    if not loss.requires_grad or not leaves.read:
+        raise LossFault(
+            "returned a loss without a graph; compute it from step.x0, step.rgb or step.image "
+            "with torch operations, without detach(), no_grad() or numpy"
+        )
+    total = at_least_float32(loss).sum()
+    found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
+    gradients = {(0, name): g for name, g in zip(leaves.read, found, strict=True) if g is not None}
+    if not gradients:
+        raise LossFault("returned a loss that does not depend on step.x0, step.rgb or step.image")
+    return gradients
+
+
+def sum_at_x0(
+    trunks: Sequence[Trunk],
+    pulls: Sequence[Pull],
+    weighted: Sequence[dict[Leaf, Tensor]],
+    *,
+    keep_size: bool = False,
+    retain_graph: bool = False,
+) -> Tensor:
+    """The sum of all guides' weighted gradients, pulled back to x0: one product for each leaf.
+
+    Args:
+        trunks: one for each sample of x0.
+        keep_size: each leaf's sum keeps the root mean square that it has at the leaf, so that a
+            guide on the image and one on x0 weigh the same, and opposed guides cancel.
+    """
+    parts = []
+    for leaf in dict.fromkeys(name for w in weighted for name in w):
+        sample, name = leaf
+        total = _sum(w[leaf] for w in weighted if leaf in w)
+        size = rms(total)
+        pulled = trunks[sample].to_x0(name, total, retain_graph)
+        if keep_size:
+            pulled = resized(pulled, size)
+        parts.append(pulled)
+        to_x0 = rms(pulled) * inverse(size)
+        for pull, w in zip(pulls, weighted, strict=True):
+            if leaf in w:  # its part of this leaf's sum, in x0's units
+                part = rms(w[leaf]) * to_x0
+                pull.share = part.flatten() + (pull.share if len(pull.share) else 0)
+    return _sum(parts)
+
+
+def without_conflicts(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Each gradient (B, C, H, W) without what it has against another's: "project".
+
+    Yu et al. 2020, "Gradient Surgery" (PCGrad), arXiv 2001.06782, algorithm 1, for each image. We
+    differ: the others are taken in the list's order, not at random; and what is left is made
+    longer, at most `LONGER` times, so that it lowers its guide's own loss as fast as all of it
+    would have. Of two opposed guides, each then comes as far as alone.
+    """
+    return [_without_conflicts(own, [g for g in gradients if g is not own]) for own in gradients]
+
+
+def _without_conflicts(gradient: Tensor, others: Iterable[Tensor]) -> Tensor:
+    left = gradient
+    for other in others:
+        left = left - _dot(left, other).clamp(max=0) * inverse(_dot(other, other)) * other
+    longer = _dot(gradient, gradient) * inverse(_dot(left, gradient))
+    return left * longer.clamp(max=LONGER)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+
+
+def share_out(pulls: Sequence[Pull]) -> None:
+    """Make the guides' shares parts of 1."""
+    total = _sum(p.share for p in pulls)
+    for pull in pulls:
+        pull.share = pull.share * inverse(total)
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    first, *rest = tensors
+    return sum(rest, start=first)
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Root mean square per image, (B, 1, 1, 1)."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True)
+    return norm / math.sqrt(tensor[0].numel())
+
+
+def resized(tensor: Tensor, size: Tensor) -> Tensor:
+    """The same direction with that root mean square; zero stays zero."""
+    return tensor * (size * inverse(rms(tensor)))
+
+
+def inverse(tensor: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0: no gradient, no move."""
+    return torch.where(tensor > 0, 1 / torch.where(tensor > 0, tensor, 1), 0)
+
+
+def _listed(values: Tensor) -> str:
+    return ", ".join(f"{v:.3g}" for v in values.detach().flatten().tolist())

@@ -1,0 +1,245 @@
+"""How far the guides' gradients move what: the rules of the presets.
+
+Two kinds of moves, `-size * gradient`: one of the latents, with the gradient taken through the
+network, and one of x0. In coordinates `latents = alpha * x0 + sigma * eps` of any family, with
+`norm = hypot(alpha, sigma)` (1 where latents are variance preserving, so that papers' formulas
+stand as they are) and g, g0 a guide's gradient at the latents and at x0:
+
+| rule     | latents                      | x0                         | source               |
+|----------|------------------------------|----------------------------|----------------------|
+| sigma2   | sigma^2 g                    | (sigma / alpha)^2 g0       | Whitaker 2022        |
+| plain    | norm^2 g                     | g0                         | TFG, 2409.15761      |
+| residual | norm^2 g / (2 sqrt(loss))    | g0 / (2 sqrt(loss))        | DPS, 2209.14687      |
+| rms      | norm * pull * g / RMS(g)     | pull * g0 / RMS(g0)        | FreeDoM, 2303.09833  |
+| sphere   | turns the step's own noise   |                            | DSG, 2402.03201      |
+
+each times the guide's scale and the preset's rho (latents) or mu (x0). Under `rms` and `sphere`
+each guide is normalised on its own, at its leaf, before they are summed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gradients import (
+    End,
+    Leaf,
+    Pull,
+    Trunk,
+    inverse,
+    resized,
+    rms,
+    share_out,
+    sum_at_x0,
+    without_conflicts,
+)
+from .noise import CLEAN, NoiseLevel, at_least_float32
+from .presets import Preset
+
+# What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
+# guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
+# Measured: docs/guidance.md, "Without a prompt".
+UNPROMPTED_PULL = 0.1
+UNIT = ("rms", "sphere")  # the rules that do not see how large a loss is
+
+Descent = Callable[[Tensor], tuple[list[Trunk], list[Pull]]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a move is made.
+
+    Attributes:
+        level, following: the noise levels of this step and of the next.
+        pull: (B, 1, 1, 1), how far the prompt moves eps, see `prompt_pull`.
+        schedule: multiplies rho and mu at this step.
+    """
+
+    level: NoiseLevel
+    following: NoiseLevel
+    pull: Tensor
+    schedule: float = 1.0
+
+    def pull_in(self, units: str) -> Tensor:
+        """The prompt's pull as it moves "eps", or "x0"."""
+        return self.pull * (self.level.sigma / self.level.alpha if units == "x0" else 1)
+
+
+def combine(
+    trunks: Sequence[Trunk],
+    pulls: Sequence[Pull],
+    preset: Preset,
+    place: Place,
+    descend: Descent = lambda _: ([], []),
+) -> Tensor:
+    """One move from all guides' gradients, and each guide's share of it.
+
+    Args:
+        trunks: one for each sample of x0; the pulls are at their leaves.
+        descend: for more than one iteration on x0: the trunks and pulls at x0 plus a move.
+
+    Returns:
+        What to add to what `preset.applied_to` says: the latents, x0, or the next latents. Under
+        the rule "sphere" a direction instead, see `turned`.
+    """
+    at_x0 = _gradients_at_x0(trunks, pulls, preset)
+    share_out(pulls)
+    moves = []
+    if "latents" in at_x0:
+        gradient = _through_network(trunks[0], at_x0["latents"], preset)
+        moves.append(preset.rho * place.schedule * _of_latents(gradient, preset, place))
+    if "x0" in at_x0:
+        move = _of_x0(at_x0["x0"], preset, place)
+        for _ in range(1, preset.iterations):
+            move = move + _further(descend(move), preset, place)
+        moves.append(move * _per_x0(preset, place))
+    total = sum(moves[1:], start=moves[0])
+    if preset.trust is None:
+        return total
+    longest = preset.trust * place.pull_in("x0") * _per_x0(preset, place)
+    return total * (longest * inverse(rms(total))).clamp(max=1)
+
+
+def _gradients_at_x0(
+    trunks: Sequence[Trunk], pulls: Sequence[Pull], preset: Preset
+) -> dict[End, Tensor]:
+    """The guides' weighted gradients in one, at x0, for each of the ends where any of them ends."""
+    ends: tuple[End, ...] = ("latents", "x0")
+    groups = {end: [pull for pull in pulls if end in pull.ends] for end in ends}
+    if groups["latents"] == groups["x0"]:
+        return dict.fromkeys(ends, _summed(trunks, pulls, preset))
+    last = "x0" if groups["x0"] else "latents"
+    return {
+        end: _summed(trunks, group, preset, retain_graph=end != last)
+        for end, group in groups.items()
+        if group
+    }
+
+
+def _summed(
+    trunks: Sequence[Trunk], pulls: Sequence[Pull], preset: Preset, retain_graph: bool = False
+) -> Tensor:
+    """At x0. "project" pulls each guide's gradient back on its own: only there, where the move is
+    made, shows who pulls against whom. What is harmless in the picture may not be in the latents.
+    """
+
+    def at_x0(group: Sequence[Pull], retain_graph: bool) -> Tensor:
+        weighted = [_weighted(pull, preset) for pull in group]
+        unit = preset.rule in UNIT
+        return sum_at_x0(trunks, group, weighted, keep_size=unit, retain_graph=retain_graph)
+
+    if preset.combine == "sum":
+        return at_x0(pulls, retain_graph)
+    parts = [at_x0([pull], retain_graph or pull is not pulls[-1]) for pull in pulls]
+    return torch.stack(without_conflicts(parts)).sum(dim=0)
+
+
+def _through_network(trunk: Trunk, at_x0: Tensor, preset: Preset) -> Tensor:
+    at_latents = trunk.to_latents(at_x0)
+    return resized(at_latents, rms(at_x0)) if preset.rule in UNIT else at_latents
+
+
+def _further(found: tuple[list[Trunk], list[Pull]], preset: Preset, place: Place) -> Tensor | float:
+    """One more step of the descent on x0; none if no guide answered."""
+    trunks, pulls = found
+    if not pulls:
+        return 0.0
+    return _of_x0(_summed(trunks, pulls, preset), preset, place)
+
+
+def _weighted(pull: Pull, preset: Preset) -> dict[Leaf, Tensor]:
+    """A guide's gradient times its scale and what the rule asks for."""
+    factor = torch.full_like(pull.norm, pull.scale)
+    if preset.rule in UNIT:
+        factor = factor * pull.unit()
+    elif preset.rule == "residual":  # the gradient of the loss's root
+        factor = factor * inverse(2 * pull.loss.clamp(min=0).sqrt()).to(factor.dtype)
+    return pull.times(factor)
+
+
+def _of_latents(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
+    """The move from a gradient at the latents, as `preset.applied_to` takes it."""
+    level, following = place.level, place.following
+    if preset.rule == "sphere":
+        return -gradient
+    if preset.rule == "rms" and preset.units == "x0":
+        return -place.pull_in("x0") * gradient * _per_x0(preset, place)
+    if preset.rule == "rms":
+        move = -level.norm * place.pull * gradient
+    else:
+        move = -(level.sigma**2 if preset.rule == "sigma2" else level.norm**2) * gradient
+    if preset.applied_to == "latents":
+        return move
+    if preset.applied_to == "prediction":
+        return move / level.alpha
+    # The papers add the move to the next latents as it is; TFG lets it shrink with their noise.
+    kept = preset.rule in ("rms", "residual")
+    return move * (following.norm / level.norm if kept else following.alpha / level.alpha)
+
+
+def _of_x0(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
+    """The move of x0 from a gradient there."""
+    gradient = preset.mu * place.schedule * gradient
+    if preset.rule == "rms":
+        return -place.pull_in(preset.units) * gradient
+    if preset.rule == "sigma2":
+        return -((place.level.sigma / place.level.alpha) ** 2) * gradient
+    return -gradient
+
+
+def _per_x0(preset: Preset, place: Place) -> float:
+    """By how much what is moved changes with x0."""
+    after = {"prediction": 1.0, "latents": place.level.alpha, "after_step": place.following.alpha}
+    return after[preset.applied_to]
+
+
+def turned(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor) -> Tensor:
+    """A step's result with its noise turned towards a direction: the rule "sphere".
+
+    Yang et al. 2024, "Guidance with Spherical Gaussian Constraint", arXiv 2402.03201, algorithm 1,
+    with the direction's root mean square, at most 1, as its g_r.
+
+    Args:
+        mean: what the step gives without noise.
+        noise: what it adds.
+        deviation: (B, 1, 1, 1), the standard deviation that the noise was drawn with.
+        direction: see `combine`.
+    """
+    rate = rms(direction).clamp(max=1)
+    mixed = noise + rate * (resized(direction, deviation) - noise)
+    return mean + resized(mixed, deviation)
+
+
+def prompt_pull(
+    level: NoiseLevel, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+) -> Tensor:
+    """How far classifier-free guidance itself moves eps at this step, root mean square per image.
+
+    `guidance_scale * RMS(cond - uncond)` (FreeDoM's own). Never less than `UNPROMPTED_PULL *
+    RMS(cond)`: that stands in where nothing pulls, and the two meet without a jump.
+
+    Returns:
+        (B, 1, 1, 1).
+    """
+    pull = UNPROMPTED_PULL * rms(at_least_float32(cond))
+    if uncond is not None:
+        pull = torch.maximum(pull, guidance_scale * rms(at_least_float32(cond - uncond)))
+    return pull * abs(level.out) * level.alpha / level.sigma
+
+
+def schedule(levels: Sequence[NoiseLevel], kind: str) -> list[float]:
+    """What rho and mu are multiplied by at each step, 1 on average: "increase" or "decrease".
+
+    The ratio of two steps' abar, or one minus it: Ye et al. 2024, "TFG", arXiv 2409.15761.
+    """
+    abar = [(level.alpha / level.norm) ** 2 for level in (*levels, CLEAN)]
+    ratios = [now / after for now, after in itertools.pairwise(abar)]
+    values = ratios if kind == "increase" else [1 - ratio for ratio in ratios]
+    mean = math.fsum(values) / len(values)
+    return [value / mean for value in values]

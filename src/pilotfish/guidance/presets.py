@@ -1,0 +1,278 @@
+"""Presets: named ways of turning losses into a move. Data, not code.
+
+Every algorithm here is a point in one space (as Ye et al. 2024, "TFG", arXiv 2409.15761, showed for
+five of them). `docs/guidance.md` has the formulas, and `rules.py` is them in code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from ..errors import InputError, unknown
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=100)]
+Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config={"extra": "forbid"})
+class Preset:
+    """One way of turning losses into a move.
+
+    Attributes:
+        name: for run files and messages; the file's own where a file says none.
+        gradient: where a guide's gradient ends unless its settings say otherwise: at the predicted
+            "x0", through the network at the "latents", or at "both", one after the other.
+        applied_to: "latents" moves the latents and keeps the prediction made before the move;
+            "prediction" moves x0, and the scheduler continues from there; "after_step" moves what
+            the scheduler made of the unmoved ones.
+        rule: how far: "sigma2", "rms", "residual", "plain" or "sphere" (`rules.py`).
+        units: under "rms", what the prompt's pull is measured in: as it moves "x0", or in "eps".
+        rho: multiplies every guide's scale where its gradient ends at the latents. Under "sphere",
+            the part of the noise's direction that the guides take.
+        mu: multiplies every guide's scale where its gradient ends at x0.
+        schedule: how rho and mu change over the run, 1 on average: "constant", or with the ratio
+            `r` of two steps' abar as "increase" (r) or "decrease" (1 - r).
+        iterations: steps of gradient descent on x0.
+        samples: each loss is `-log mean exp(-loss)` over so many x0 with noise added.
+        smoothing: that noise, as a multiple of the step's sigma (of variance-preserving latents).
+        recurrence: how often each step is taken: noise is put back in between.
+        recurrence_start: the fraction of the run at which that begins.
+        recurrence_stop: the fraction at which it ends.
+        start: the fraction of the run at which guides begin to act, within their own windows.
+        stop: the fraction at which they end.
+        combine: "sum", or "project": what a guide's gradient has against another's is taken out, at
+            the cost of a backward pass through the decoder for each guide.
+        trust: a bound on the guides' move, as a multiple of the prompt's pull; None is none.
+        source: where it comes from.
+    """
+
+    name: str
+    gradient: Literal["x0", "latents", "both"]
+    applied_to: Literal["latents", "prediction", "after_step"]
+    rule: Literal["sigma2", "rms", "residual", "plain", "sphere"]
+    source: str = ""
+    units: Literal["x0", "eps"] = "x0"
+    rho: Strength = 1.0
+    mu: Strength = 1.0
+    schedule: Literal["constant", "increase", "decrease"] = "constant"
+    iterations: Count = 1
+    samples: Count = 1
+    smoothing: Strength = 0.0
+    recurrence: Count = 1
+    recurrence_start: Fraction = 0.0
+    recurrence_stop: Fraction = 1.0
+    start: Fraction = 0.0
+    stop: Fraction = 1.0
+    combine: Literal["sum", "project"] = "sum"
+    trust: Annotated[float, Field(gt=0)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rule == "sphere" and (self.gradient, self.applied_to) != ("latents", "after_step"):
+            raise ValueError(
+                "rule 'sphere' turns the noise of a step that is done: it goes with "
+                "gradient='latents' and applied_to='after_step'"
+            )
+        if self.rule == "sphere" and self.trust is not None:
+            raise ValueError("rule 'sphere' keeps the length of the step's noise: no trust")
+        if self.samples > 1 and self.smoothing == 0:
+            raise ValueError("samples > 1 need smoothing > 0: without noise they are all the same")
+
+    def repeats(self, progress: float) -> int:
+        """How often the step at that fraction of the run is taken."""
+        return (
+            self.recurrence if _within(progress, self.recurrence_start, self.recurrence_stop) else 1
+        )
+
+    def acts_at(self, progress: float) -> bool:
+        """Whether guides act at that fraction of the run."""
+        return _within(progress, self.start, self.stop)
+
+    def changes(self) -> dict[str, Any]:
+        """What a run file needs: `base`, and the knobs that differ from it; all without a base."""
+        knobs = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        base = PRESETS.get(self.name)
+        if base is None:
+            return {key: value for key, value in knobs.items() if value is not None}
+        changed = {k: v for k, v in knobs.items() if v != getattr(base, k)}
+        return {"base": self.name, **changed}
+
+
+def _within(progress: float, start: float, stop: float) -> bool:
+    return start <= progress and (progress < stop or stop == 1)
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="balanced",
+            gradient="x0",
+            applied_to="prediction",
+            rule="rms",
+            source="ours; the rule after FreeDoM, each guide normalised on its own",
+        ),
+        Preset(
+            name="deep-dive",
+            gradient="x0",
+            applied_to="latents",
+            rule="sigma2",
+            source="Whitaker 2022, Stable Diffusion Deep Dive; there scale 200 on every 5th of 50 "
+            "LMS steps",
+        ),
+        Preset(
+            name="clip-guided",
+            gradient="latents",
+            applied_to="prediction",
+            rule="sigma2",
+            source="Crowson 2022, k-diffusion: x0 moves by -sigma^2 times the gradient",
+        ),
+        Preset(
+            name="dps",
+            gradient="latents",
+            applied_to="after_step",
+            rule="residual",
+            source="Chung et al. 2023, arXiv 2209.14687, algorithm 1; scale 0.3 to 1 there. We "
+            "differ: the guide's loss stands for the squared norm of the residual",
+        ),
+        Preset(
+            name="lgd",
+            gradient="latents",
+            applied_to="prediction",
+            rule="sigma2",
+            samples=10,
+            smoothing=1.0,
+            source="Song et al. 2023, Loss-Guided Diffusion (ICML), algorithm 1",
+        ),
+        Preset(
+            name="freedom",
+            gradient="latents",
+            applied_to="after_step",
+            rule="rms",
+            units="eps",
+            rho=0.2,
+            mu=0.2,
+            start=0.3,
+            stop=0.7,
+            recurrence=3,
+            recurrence_start=0.3,
+            recurrence_stop=0.6,
+            source="Yu et al. 2023, arXiv 2303.09833, algorithm 2, with the step size and windows "
+            "of its code for latent diffusion. We differ: the scheduler is the user's, each "
+            "image has its own step size, and noise is put back on a DDIM step",
+        ),
+        Preset(
+            name="ugd",
+            gradient="both",
+            applied_to="prediction",
+            rule="sigma2",
+            recurrence=4,
+            source="Bansal et al. 2023, arXiv 2302.07121, algorithm 1: forward guidance with "
+            "s(t) = rho * sqrt(1 - abar), then backward guidance. We differ: the inner descent "
+            "takes steps of mu * (sigma / alpha)^2, where the paper leaves them open",
+        ),
+        Preset(
+            name="mpgd",
+            gradient="x0",
+            applied_to="prediction",
+            rule="rms",
+            units="eps",
+            rho=15.0,
+            mu=15.0,
+            start=0.3,
+            stop=0.7,
+            source="He et al. 2023, arXiv 2311.16424, algorithm 3, with the step size (15 to 30) "
+            "and window of its code for latent diffusion",
+        ),
+        Preset(
+            name="tfg",
+            gradient="both",
+            applied_to="after_step",
+            rule="plain",
+            rho=1.0,
+            mu=1.0,
+            schedule="increase",
+            iterations=4,
+            samples=1,
+            recurrence=1,
+            source="Ye et al. 2024, arXiv 2409.15761, algorithm 1. rho, mu and smoothing are "
+            "searched for each task there; so must you",
+        ),
+        Preset(
+            name="dsg",
+            gradient="latents",
+            applied_to="after_step",
+            rule="sphere",
+            rho=0.1,
+            source="Yang et al. 2024, arXiv 2402.03201, algorithm 1; rho is its g_r, 0.1 to 0.2. "
+            "Takes schedulers that draw noise",
+        ),
+    )
+}
+"""The presets by their names."""
+
+
+def find_preset(preset: str | Path | Preset | Mapping[str, Any]) -> Preset:
+    """A preset, from its name, a TOML file (`.toml`), or a table of knobs with or without `base`.
+
+    Raises:
+        InputError: there is none of that name, or a knob is unknown or out of range.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if isinstance(preset, Mapping):
+        return _from_table(preset)
+    if isinstance(preset, Path) or (isinstance(preset, str) and preset.endswith(".toml")):
+        return _from_file(Path(preset))
+    if not isinstance(preset, str):
+        raise InputError(f"preset must be a name, a table or a Preset; got {preset!r}")
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    return PRESETS[preset]
+
+
+def _from_file(path: Path) -> Preset:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"cannot read the preset file {path}: {error}") from None
+    return _from_table({"name": path.stem, **table})
+
+
+def _from_table(table: Mapping[str, Any]) -> Preset:
+    knobs = dict(table)
+    if base := knobs.pop("base", None):
+        start = find_preset(base)
+        own = {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}
+        knobs = {**own, **knobs}
+    for knob in knobs:
+        if knob not in KNOBS:
+            raise unknown("knob", knob, KNOBS)
+    try:
+        return Preset(**{"name": "unnamed", **knobs})
+    except pydantic.ValidationError as error:
+        raise InputError(f"preset {knobs.get('name', '')!r}: {_explain(error)}") from None
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "missing":
+            lines.append(f"{name} must be given, or `base`, the name of a preset")
+        elif name:
+            lines.append(f"{name} must be {message}; got {problem['input']!r}")
+        else:
+            lines.append(message)
+    return "; ".join(lines)
+
+
+KNOBS = tuple(field.name for field in dataclasses.fields(Preset))

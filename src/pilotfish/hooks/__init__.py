@@ -1,0 +1,1 @@
+"""What plugins are: hooks, settings, how they are found, and how their answers combine."""

@@ -1,0 +1,324 @@
+"""From what a user wrote to plugin instances.
+
+Installed plugins are known by the metadata of their distributions (entry-point group
+`pilotfish.plugins`, for the command line `pilotfish.commands`); a module is imported only when a
+run names its plugin, so one broken package hurts nobody else. The environment variable
+`PILOTFISH_PLUGINS` limits discovery of plugins and commands: the names to offer, separated by
+commas, or `none`. It is about names: files and `module:Class` are always found.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, PilotfishError, PluginError, unknown
+from .plugin import Plugin, check_instance, check_name
+
+LIMIT = "PILOTFISH_PLUGINS"
+PLUGIN_GROUP = "pilotfish.plugins"
+MODEL_GROUP = "pilotfish.models"
+COMMAND_GROUP = "pilotfish.commands"
+KINDS = {PLUGIN_GROUP: "plugin", MODEL_GROUP: "model", COMMAND_GROUP: "command"}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What some installed distribution offers: a plugin, a model or a command; not imported."""
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+    summary: str
+
+    @property
+    def found(self) -> bool:
+        """Whether the top-level module exists; it may still fail on import."""
+        return importlib.util.find_spec(self.target.split(":")[0].split(".")[0]) is not None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One plugin of a run: the instance, what names it in a run file, and its chosen name."""
+
+    plugin: object
+    use: str
+    name: str | None = None
+    version: str | None = None
+
+
+def installed(group: str = PLUGIN_GROUP) -> dict[str, list[Installed]]:
+    """What is installed, by name; a name with two entries is claimed by two distributions."""
+    found: dict[str, list[Installed]] = {}
+    wanted = limit() if group != MODEL_GROUP else None
+    for entry in _entry_points(group):
+        if wanted is None or entry.name in wanted:
+            found.setdefault(entry.name, []).append(_describe(entry))
+    return dict(sorted(found.items()))
+
+
+def limit() -> list[str] | None:
+    """The names that `PILOTFISH_PLUGINS` lets through; None where it is not set."""
+    text = os.environ.get(LIMIT)
+    if text is None:
+        return None
+    return [name for part in text.split(",") if (name := part.strip()) not in ("", "none")]
+
+
+def hidden() -> list[str]:
+    """The names that are installed but that `PILOTFISH_PLUGINS` keeps from being offered."""
+    return sorted({entry.name for entry in _entry_points(PLUGIN_GROUP)} - set(installed()))
+
+
+@functools.cache
+def _entry_points(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+def _describe(entry: EntryPoint) -> Installed:
+    about = ("unknown", "unknown", "") if entry.dist is None else _about(entry.dist)
+    return Installed(entry.name, entry.value, *about)
+
+
+@functools.cache  # each run asks for it, and a distribution parses its file at each question
+def _about(distribution: Distribution) -> tuple[str, str, str]:
+    """Name, version and summary."""
+    summary = str(distribution.metadata.json.get("summary", ""))
+    return distribution.name, distribution.version, summary
+
+
+def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
+    """The one installed plugin, model or command of that name.
+
+    Raises:
+        InputError: there is none (with the nearest name), or two distributions claim the name.
+    """
+    kind = KINDS[group]
+    choices = installed(group)
+    if name not in choices:
+        if group == PLUGIN_GROUP and name in hidden():
+            raise InputError(
+                f"plugin {name!r} is installed, but {LIMIT}={os.environ[LIMIT]} hides it; "
+                "name it there too, or unset the variable"
+            )
+        raise unknown(kind, name, choices)
+    if len(choices[name]) > 1:
+        owners = " and ".join(f"{c.distribution} {c.version}" for c in choices[name])
+        raise InputError(f"two packages claim the {kind} {name!r}: {owners}. Uninstall one.")
+    return choices[name][0]
+
+
+def load_object(target: str, owner: str) -> Any:
+    """Import `module:object`.
+
+    Raises:
+        PluginError: the module does not import or lacks the object; names owner and cause.
+    """
+    module, _, attribute = target.partition(":")
+    try:
+        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    except Exception as error:  # whatever a foreign module raises while it is imported
+        raise PluginError(
+            f"{owner} does not import: {type(error).__name__}: {error}. "
+            "Reinstall or uninstall its package; `pilotfish doctor` tells more.",
+            plugin=owner,
+        ) from error
+
+
+def load_command(name: str) -> Any:
+    """The click command that an installed package offers by this name.
+
+    Raises:
+        InputError: two packages claim the name.
+        PluginError: its module does not import, or it is no click command.
+    """
+    entry = find(name, COMMAND_GROUP)
+    owner = f"command {name!r} ({entry.distribution} {entry.version})"
+    command = load_object(entry.target, owner)
+    if not callable(getattr(command, "make_context", None)):
+        raise PluginError(f"{owner} is {command!r}; expected a click command", plugin=owner)
+    return command
+
+
+def load_class(use: str) -> type[Any]:
+    """The plugin class that `use` names: an installed name, `file.py:Class` or `module:Class`."""
+    if ":" not in use and not use.endswith(".py"):
+        entry = find(use)
+        owner = f"plugin {use!r} ({entry.distribution} {entry.version})"
+        loaded = load_object(entry.target, owner)
+    elif re.match(r".*\.py(:|$)", use):
+        path, _, name = use.rpartition(":") if not use.endswith(".py") else (use, "", "")
+        loaded = _class_in_file(Path(path), name)
+    else:
+        loaded = load_object(use, f"plugin {use!r}")
+    if not inspect.isclass(loaded):
+        raise PluginError(f"plugin {use!r} is {loaded!r}; expected a class", plugin=use)
+    return loaded
+
+
+def _class_in_file(path: Path, name: str) -> type[Any]:
+    """Import a single file; without a class name, its only `Plugin` subclass."""
+    if not path.is_file():
+        raise InputError(f"no plugin file {path}; expected PATH.py:Class")
+    module_name = f"pilotfish_file_{path.stem}_{abs(hash(path.resolve()))}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise InputError(f"{path} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever the user's file raises
+            del sys.modules[module_name]
+            raise PluginError(
+                f"plugin file {path} does not import: {type(error).__name__}: {error}",
+                plugin=str(path),
+            ) from error
+    members = vars(sys.modules[module_name])
+    classes = {
+        n: c
+        for n, c in members.items()
+        if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module_name
+    }
+    if not name and len(classes) == 1:
+        return next(iter(classes.values()))
+    if name not in classes:
+        raise unknown(f"plugin class in {path}", name, classes)
+    return classes[name]
+
+
+def resolve(item: object) -> Entry:
+    """One item of a `plugins` list as an instance.
+
+    Args:
+        item: a plugin instance, a string `use:setting=value,...`, or a mapping with `use`,
+            optionally `name`, and the settings.
+
+    Raises:
+        InputError, SettingsError, PluginError: nothing is named so, or it cannot be made.
+    """
+    if isinstance(item, str):
+        use, settings = parse_use(item)
+        return _make(use, None, settings)
+    if isinstance(item, Mapping):
+        settings = dict(item)
+        if not isinstance(settings.get("use"), str):
+            raise InputError(f"a plugin table needs `use`, the plugin's name; got {dict(item)!r}")
+        return _make(settings.pop("use"), settings.pop("name", None), settings)
+    check_instance(item, type(item).__name__)
+    return Entry(item, use=use_of(type(item)), version=_version(use_of(type(item))))
+
+
+def _make(use: str, name: str | None, settings: Mapping[str, Any]) -> Entry:
+    if name is not None:
+        check_name(name)
+    loaded = load_class(use)
+    try:
+        plugin = loaded(**settings)
+    except PilotfishError:
+        raise
+    except Exception as error:  # a plugin is foreign code
+        raise PluginError(
+            f"plugin {use!r} cannot be made: {type(error).__name__}: {error}", plugin=use
+        ) from error
+    check_instance(plugin, use)
+    return Entry(plugin, use=use, name=name, version=_version(use))
+
+
+def _version(use: str) -> str | None:
+    entries = installed().get(use)
+    return f"{entries[0].distribution} {entries[0].version}" if entries else None
+
+
+def use_of(plugin: type[Any]) -> str:
+    """What names this class in a run file: its installed name, or `file.py:Class`, `module:Class`.
+
+    Classes that nobody could import again (`__main__`, local ones) give `""`.
+    """
+    target = f"{plugin.__module__}:{plugin.__qualname__}"
+    for name, entries in installed().items():
+        if entries[0].target == target:
+            return name
+    if plugin.__module__ == "__main__" or "<locals>" in plugin.__qualname__:
+        return ""
+    if plugin.__module__.startswith("pilotfish_file_"):
+        return f"{inspect.getfile(plugin)}:{plugin.__qualname__}"
+    return target
+
+
+def parse_use(text: str) -> tuple[str, dict[str, Any]]:
+    """Split `use:setting=value,...` into the plugin's name and its settings.
+
+    Values: `'quoted'` or `"quoted"` text, `[a, b]`, `{key=value}`; everything else stays text for
+    the plugin's settings to convert. Commas and colons inside quotes and brackets do not split.
+
+    Raises:
+        InputError: a quote or bracket is not closed, or a setting has no `=`.
+    """
+    parts = split_outside(text, ":", limit=3)
+    use = parts.pop(0).strip()
+    if parts and "=" not in split_outside(parts[0], ",")[0]:
+        use += ":" + parts.pop(0).strip()
+    settings_text = ":".join(parts)
+    if not use:
+        raise InputError(f"expected NAME or NAME:setting=value,...; got {text!r}")
+    settings = {}
+    for part in split_outside(settings_text, ",") if settings_text.strip() else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"expected setting=value in {text!r}; got {part!r}")
+        if key.strip() in settings:
+            raise InputError(f"setting {key.strip()!r} is given twice in {text!r}")
+        settings[key.strip()] = parse_value(value.strip())
+    return use, settings
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value as written on the command line: quoted text, list, mapping, or text."""
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.startswith("[") and text.endswith("]"):
+        inner = text[1:-1].strip()
+        return [parse_value(part.strip()) for part in split_outside(inner, ",")] if inner else []
+    if text.startswith("{") and text.endswith("}"):
+        pairs = [split_outside(part, "=", limit=2) for part in split_outside(text[1:-1], ",")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise InputError(f"expected {{key=value, ...}}; got {text!r}")
+        return {str(parse_value(k.strip())): parse_value(v.strip()) for k, v in pairs}
+    return text
+
+
+def split_outside(text: str, separator: str, limit: int = 0) -> list[str]:
+    """Split at a separator that is not inside quotes or brackets; at most `limit` parts.
+
+    A quote opens only where a value begins, so that an apostrophe inside a word is text.
+    """
+    parts: list[str] = []
+    depth, quote, start = 0, "", 0
+    for position, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and text[:position].rstrip()[-1:] in ("", "=", ",", "[", "{", ":"):
+            quote = char
+        elif char in "[{":
+            depth += 1
+        elif char in "]}":
+            depth -= 1
+        elif char == separator and depth == 0 and (not limit or len(parts) < limit - 1):
+            parts.append(text[start:position])
+            start = position + 1
+    if quote or depth:
+        raise InputError(f"a quote or bracket is not closed in {text!r}")
+    return [*parts, text[start:]]

@@ -1,0 +1,167 @@
+"""Every hook with its contract: the plugin author's one page.
+
+A plugin implements the hooks it needs and no others, and may leave out arguments that it does not
+use. Plugins run in the order in which the user listed them; nothing else decides it. Kinds:
+
+* **chain**: each plugin gets the last one's value and returns a new one, or `None` for unchanged.
+  It never changes a tensor in place.
+* **collect**: one answer from each plugin; `None` means "not now".
+* **first**: the first answer that is not `None` wins; the core's own answer comes last.
+* **notify**: returns nothing.
+
+All hooks run under `torch.no_grad()`, except `loss_guidance`, and except `combine_predictions` and
+`on_predicted_x0` in a step whose gradient goes through the network: there they must stay
+differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from ..models.text import Embedding
+    from ..runs.run import Run
+    from ..sampling.start import Start
+    from ..sampling.step import Step
+
+hookspec = pluggy.HookspecMarker("pilotfish")
+hookimpl = pluggy.HookimplMarker("pilotfish")
+"""Marks the hooks of an object that inherits from no `Plugin`: a decorator of its methods."""
+
+
+@hookspec
+def setup(run: Run) -> None:
+    """Notify, once, before anything else of the run: load what the plugin needs."""
+
+
+@hookspec
+def teardown(run: Run) -> None:
+    """Notify, once, in reverse order: free what `setup` loaded. Called also when the run raised."""
+
+
+@hookspec
+def vocabulary(run: Run) -> dict[str, Any] | None:
+    """Collect, once, before tokenising: new words for this run only.
+
+    Returns:
+        `{"<word>": (n, D) tensor}`, a word of n vectors as wide as the text encoder's embeddings.
+        For a model with several text encoders `{"<word>": {encoder: (n, D) tensor}}`. Two plugins
+        may not add the same word.
+    """
+
+
+@hookspec
+def prompt_transform(prompt: str, run: Run) -> str | None:
+    """Chain, once for the prompt, before tokenising: text -> text. Not for the negative prompt."""
+
+
+@hookspec
+def embedding_transform(
+    embedding: Embedding,
+    run: Run,
+    step: Step | None,
+    encode: Callable[[str], Embedding] | None,
+) -> Embedding | None:
+    """Chain, once at each stage for each of prompt and negative prompt, and each text encoder.
+
+    `embedding.stage` is `"token"` (looked up, before positions and encoder) or `"prompt"` (the
+    encoder's output); `embedding.role` is `"positive"` or `"negative"`.
+
+    If any plugin of the run takes `step`, stage "prompt" comes again at the start of each step,
+    for all plugins and from the encoder's output on: that is how conditioning changes in a run.
+
+    Args:
+        step: None before the first step.
+        encode: at stage "prompt", gives another prompt's embedding as `embedding` was at the start
+            of the chain: same encoder and role, with the words and the answers at stage "token" of
+            all plugins.
+
+    Returns:
+        An `Embedding` made with `dataclasses.replace(embedding, values=...)`: the same T and D.
+        At stage "prompt" the batch may be 1 (for all images) or the run's number of images.
+    """
+
+
+@hookspec
+def start_latents(run: Run, start: Start) -> tuple[Tensor, int] | None:
+    """First, once: where the run starts. The core's answer is pure noise at step 0.
+
+    Args:
+        start: the run's own generators, and noise at the level of any step.
+
+    Returns:
+        Latents (B, C, H, W) at the noise level of the first step, and that step's index.
+    """
+
+
+@hookspec
+def before_step(step: Step) -> Tensor | None:
+    """Chain, each step, before the network: new latents (B, C, H, W) for `step.latents`.
+
+    `step.latents` already holds what the plugins before this one answered.
+    """
+
+
+@hookspec
+def combine_predictions(cond: Tensor, uncond: Tensor | None, step: Step) -> Tensor | None:
+    """First, each step: the guided prediction from the network's two.
+
+    The core's answer is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, in
+    diffusers' convention): `uncond + guidance_scale * (cond - uncond)`.
+
+    Args:
+        cond: prediction for the prompt, (B, C, H, W), in the model's own prediction type.
+        uncond: prediction for the negative prompt; None where `guidance_scale` is 1 or less.
+    """
+
+
+@hookspec
+def on_predicted_x0(x0: Tensor, step: Step) -> Tensor | None:
+    """Chain, each step: predicted clean latents (B, C, H, W), float32 -> the same shape.
+
+    The scheduler then continues from the changed x0.
+    """
+
+
+@hookspec
+def loss_guidance(step: Step) -> Tensor | None:
+    """Collect, each step on which the guide is active: what the guide wants lower.
+
+    Runs under `torch.enable_grad()`. `step.x0`, `step.rgb` and `step.image` are float32 leaves:
+    compute the loss from them. Only what is read is computed.
+
+    Returns:
+        One loss per image, shape (B,): reduce over all axes but the first, never over the batch.
+    """
+
+
+@hookspec
+def advance(step: Step) -> Tensor | None:
+    """First, each step, last: the next latents. The core's answer is `scheduler.step`."""
+
+
+@hookspec
+def after_step(step: Step) -> None:
+    """Notify, each step, when it is done: previews, logs. `step.stop()` ends the run early."""
+
+
+KINDS = {
+    "setup": "notify",
+    "teardown": "notify",
+    "vocabulary": "collect",
+    "prompt_transform": "chain",
+    "embedding_transform": "chain",
+    "start_latents": "first",
+    "before_step": "chain",
+    "combine_predictions": "first",
+    "on_predicted_x0": "chain",
+    "loss_guidance": "collect",
+    "advance": "first",
+    "after_step": "notify",
+}

@@ -1,0 +1,88 @@
+"""What guides may see by instead of the model's own decoder: cheaper, with another gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, ModelError
+from ..guidance.noise import at_least_float32
+from .torchvision import mend_torchvision
+
+mend_torchvision()
+
+import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
+
+
+def enlarged(rgb: Tensor, factor: int) -> Tensor:
+    """Colours at latent size (B, 3, H, W), interpolated to the image's (B, 3, 8H, 8W)."""
+    matrices = [_interpolation(length, factor) for length in rgb.shape[2:]]
+    rows, columns = (matrix.to(rgb, non_blocking=True) for matrix in matrices)
+    # Products, because the gradient of `interpolate` is not deterministic on CUDA.
+    return rows.T @ rgb @ columns
+
+
+def _interpolation(length: int, factor: int) -> Tensor:
+    """(length, factor * length): linear interpolation as a matrix."""
+    unit = torch.eye(length)[None]
+    return torch.nn.functional.interpolate(unit, scale_factor=factor, mode="linear")[0]
+
+
+def locate_tiny(place: str, folder: Path | None) -> str:
+    """Folder or hub id of a tiny decoder; for no place, `tiny_vae/` of the model's folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not place:
+        own = folder / "tiny_vae" if folder else None
+        if own is None or not own.is_dir():
+            raise InputError(
+                f"decoder 'tiny' takes the model's own: {own or 'a folder tiny_vae/'}, which does "
+                "not exist. Name an AutoencoderTiny made for this model's latents, "
+                "decoder='tiny:FOLDER_OR_HUB_ID' (tiny:madebyollin/taesd for Stable Diffusion 1.x "
+                "and 2.x), or use 'linear'"
+            )
+        return str(own)
+    if place.startswith((".", "/", "~")) and not Path(place).expanduser().is_dir():
+        raise InputError(f"decoder 'tiny:{place}': no such folder")
+    return str(Path(place).expanduser()) if place.startswith("~") else place
+
+
+def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> Any:
+    """A diffusers `AutoencoderTiny`, frozen, for latents of so many channels.
+
+    Raises:
+        ModelError: it cannot be loaded, is of another kind, or takes other latents.
+    """
+    kind = diffusers.AutoencoderTiny
+    try:
+        config = kind.load_config(target)
+        if config.get("_class_name") != kind.__name__:
+            raise ValueError(f"it holds {config.get('_class_name')}")
+        tiny = kind.from_pretrained(target, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load an AutoencoderTiny from {target!r}: {error}") from error
+    own = tiny.config
+    enlarges = own.upsampling_scaling_factor ** (len(own.num_decoder_blocks) - 1)
+    if (own.latent_channels, enlarges) != (channels, factor):
+        raise ModelError(
+            f"the AutoencoderTiny {target!r} takes latents of {own.latent_channels} channels and "
+            f"enlarges {enlarges} times; this model's have {channels}, enlarged {factor} times. It "
+            "was made for another model family"
+        )
+    return tiny.eval().requires_grad_(False)
+
+
+def decode_tiny(tiny: Any, latents: Tensor) -> Tensor:
+    """As `StableDiffusion.decode`; a TAESD takes latents as they are: its `scaling_factor` is 1."""
+    scaled = latents.to(dtype_of(tiny)) / tiny.config.scaling_factor + tiny.config.shift_factor
+    return at_least_float32(tiny.decode(scaled, return_dict=False)[0]) / 2 + 0.5
+
+
+def dtype_of(network: torch.nn.Module) -> torch.dtype:
+    """Of its weights. diffusers' own `dtype` walks through all modules: a millisecond for a VAE."""
+    return next(network.parameters()).dtype

@@ -1,0 +1,100 @@
+"""One value of a run changed by its name: `steps=20`, `plugins.blue.scale=2`, `rho=0.5`."""
+
+from __future__ import annotations
+
+import contextlib
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError, unknown
+from ..guidance.presets import KNOBS, find_preset
+from ..hooks.plugin import Plugin
+from ..hooks.registry import Entry, parse_use, parse_value, use_of
+from ..hooks.stack import by_name
+from .run import Options, Run
+
+# Keys of a run whose value is text as it stands; the others are TOML values.
+TEXT_KEYS = (
+    *("prompt", "negative_prompt", "preset", "model", "dtype", "checkpointing", "on_error"),
+    "decoder",
+)
+
+
+def apply(change: str, content: dict[str, Any]) -> None:
+    """Change one value of a run's content: one of its own, a plugin's setting, a preset's knob.
+
+    Args:
+        change: `steps=20`, `plugins.NAME.SETTING=VALUE`, or `rho=0.5`.
+        content: changed in place; of its plugins, tables too.
+
+    Raises:
+        InputError: it has no `=`, or there is no such key or plugin.
+    """
+    key, equals, value = change.partition("=")
+    key, value = key.strip(), value.strip()
+    if not equals:
+        raise InputError(f"--set takes KEY=VALUE, such as steps=20; got {change!r}")
+    if key.removeprefix("preset.") in KNOBS:
+        content["preset"] = _changed(content.get("preset", Run.preset), key, value)
+    elif key.startswith("plugins."):
+        name, _, setting = key.removeprefix("plugins.").rpartition(".")
+        if not name:
+            raise InputError(f"--set takes plugins.NAME.SETTING=VALUE; got {change!r}")
+        _change_plugin(content["plugins"], name, setting, parse_value(value))
+    else:
+        content[_known_key(key)] = _toml_value(key, value)
+
+
+def _change_plugin(plugins: list[Any], name: str, setting: str, value: Any) -> None:
+    """Change the plugin that the run will give this name; an instance gives way to another one."""
+    plugins[:] = [table(item) for item in plugins]
+    positions = {name: at for at, name in enumerate(by_name([_entry(item) for item in plugins]))}
+    if name not in positions:
+        raise unknown("plugin in this run", name, positions)
+    plugin = plugins[positions[name]]
+    if isinstance(plugin, Mapping):
+        plugins[positions[name]] = {**plugin, setting: value}
+    elif isinstance(plugin, Plugin):
+        given = plugin.settings.model_dump(exclude_unset=True)
+        plugins[positions[name]] = type(plugin)(**{**given, setting: value})
+    else:
+        raise InputError(f"plugin {name!r} has no settings: {type(plugin).__name__} is no Plugin")
+
+
+def table(item: object) -> Any:
+    """A plugin as a run file's table; `use:setting=value` is one too. An instance stays one."""
+    if isinstance(item, Mapping):
+        return dict(item)
+    if not isinstance(item, str):
+        return item
+    use, settings = parse_use(item)
+    return {"use": use, **settings}
+
+
+def _entry(item: Any) -> Entry:
+    """What names the plugin in a stack."""
+    if isinstance(item, Mapping):
+        return Entry(item, str(item.get("use", "")), item.get("name"))
+    return Entry(item, use_of(type(item)))
+
+
+def _changed(preset: Any, key: str, text: str) -> dict[str, Any]:
+    """The preset as a table, with one knob changed."""
+    knobs = preset if isinstance(preset, Mapping) else find_preset(preset).changes()
+    return {**knobs, key.removeprefix("preset."): _toml_value("", text)}
+
+
+def _known_key(key: str) -> str:
+    known = {*Options.__annotations__, "prompt", "model", "dtype"}
+    if key not in known:
+        raise unknown("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
+    return key
+
+
+def _toml_value(key: str, text: str) -> Any:
+    """A number, a table ... as in a run file; what is none of these stays text."""
+    if key not in TEXT_KEYS or text[:1] in ("'", '"'):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"value = {text}")["value"]
+    return text

@@ -1,0 +1,230 @@
+"""Pictures from tensors, and files from pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ..errors import InputError, SettingsError
+
+# Of a picture file, which anybody may have made: looked at before it is read.
+PIXELS, FORMATS = 32_000_000, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+KEY, LENGTH = "pilotfish", 256_000  # the run among a PNG's texts, and its most characters
+
+
+def to_pil(image: Tensor) -> list[Image.Image]:
+    """Pictures from an image (B, 3, H, W) in [0, 1]; what lies outside is clamped.
+
+    Rounds as diffusers does, so that equal latents give equal pixels.
+    """
+    pixels = image.detach().float().clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+    return [Image.fromarray(p) for p in (pixels * 255).round().astype("uint8")]
+
+
+def pixels(picture: Image.Image) -> Tensor:
+    """A picture as (1, C, H, W) in [0, 1], float32."""
+    values = np.asarray(picture, np.float32) / 255
+    # Laid out in memory as diffusers' own, since convolutions round differently for others.
+    batch = torch.from_numpy(values.reshape(1, picture.height, picture.width, -1))
+    return batch.permute(0, 3, 1, 2)
+
+
+def read_picture(
+    path: str | Path,
+    what: str,
+    *,
+    mode: Literal["RGB", "L"] = "RGB",
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """A picture from a file, upright; what is transparent is white, or black in mode "L".
+
+    PNG, JPEG, WebP, GIF (its first frame), BMP or TIFF, of at most 32 megapixels.
+
+    Args:
+        what: for errors: what it is to be, such as "Clip: image".
+        mode: "RGB", or "L" for a mask.
+        size: (height, width); the middle is cut to that shape and resized. Without, or where it has
+            that size, every pixel stays.
+
+    Raises:
+        SettingsError: it cannot be read, or is too large.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            if math.prod(file.size) > PIXELS:
+                raise ValueError(f"{file.size} pixels; at most {PIXELS} in all are read")
+            picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SettingsError(
+            f"{what} must be a picture that Pillow can read; got {str(path)!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
+    flat = Image.alpha_composite(ground, picture).convert(mode)
+    if size is None:
+        return flat
+    return ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16 bits in 8, where Pillow would cut off all that is above 255."""
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture, np.float32) / 257
+    return Image.fromarray(values.round().clip(0, 255).astype("uint8"))
+
+
+def preview(rgb: Tensor, factor: int = 8) -> list[Image.Image]:
+    """Small pictures from latent colours (B, 3, H, W), enlarged to roughly the picture's size."""
+    size = (rgb.shape[3] * factor, rgb.shape[2] * factor)
+    return [picture.resize(size, Image.Resampling.BICUBIC) for picture in to_pil(rgb)]
+
+
+def strip(pictures: Sequence[Image.Image], labels: Sequence[str], height: int = 256) -> Image.Image:
+    """Pictures side by side, all of one height, each with its label below.
+
+    Raises:
+        InputError: not one label for each picture.
+    """
+    if len(pictures) != len(labels) or not pictures:
+        raise InputError(f"got {len(pictures)} pictures and {len(labels)} labels")
+    font = ImageFont.load_default(size=height / 14)
+    gap, line = height // 16, height // 8
+    scaled = [
+        p.convert("RGB").resize((p.width * height // p.height, height), Image.Resampling.LANCZOS)
+        for p in pictures
+    ]
+    width = sum(p.width for p in scaled) + gap * (len(scaled) + 1)
+    sheet = Image.new("RGB", (width, height + 2 * gap + line), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for picture, label in zip(scaled, labels, strict=True):
+        sheet.paste(picture, (left, gap))
+        middle = (left + picture.width / 2, gap + height + line * 0.6)
+        draw.text(middle, label, fill="black", font=font, anchor="mm")
+        left += picture.width + gap
+    return sheet
+
+
+def check_writable(path: str | Path) -> Path:
+    """A picture's path, checked before the work: its ending, and its folder, made if need be.
+
+    Raises:
+        InputError: the ending names no format, or the folder cannot be made.
+    """
+    path = Path(path)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"cannot write {path}: end its name in .png, .jpg or .webp")
+    return check_folder(path)
+
+
+def numbered(path: str | Path, count: int) -> list[Path]:
+    """Where several pictures go: `cat-1.png`, `cat-2.png` ...; one picture goes to `cat.png`.
+
+    Raises:
+        InputError: see `check_writable`.
+    """
+    path = check_writable(path)
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+
+
+def check_folder(path: Path) -> Path:
+    """A file's path, with its folder made if need be.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def save(picture: Image.Image, path: str | Path, run: str = "") -> Path:
+    """Write a picture so that a reader never sees half a file; makes the folder if need be.
+
+    Args:
+        run: what `read_run` shall find in the file, as TOML; only a PNG can hold it.
+
+    Raises:
+        InputError: the ending names no format, or the place cannot be written.
+    """
+    path = check_writable(path)
+    format = Image.registered_extensions()[path.suffix.lower()]
+    options = {"pnginfo": _text(run)} if run and format == "PNG" else {}
+    with whole_file(path) as part:
+        picture.save(part, format=format, **options)
+    return path
+
+
+def _text(run: str) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt(KEY, run)
+    return info
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes the file when the context ends.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_run(path: str | Path) -> str:
+    """The run that a picture was made by, as TOML, from what `save` wrote beside the pixels.
+
+    The file may come from anybody: nothing is decoded, and the text is not looked into.
+
+    Raises:
+        InputError: not a PNG, one of more than 32 megapixels, or no run in it, or one of more than
+            256,000 characters.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # among others of size, for which the limit is ours
+            with Image.open(path, formats=("PNG",)) as picture:
+                pixels, text = picture.width * picture.height, picture.info.get(KEY)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read {path}, expected a PNG picture: {error}") from None
+    if pixels > PIXELS:
+        raise InputError(
+            f"{path} has {pixels / 1e6:.0f} megapixels; pilotfish reads at most {PIXELS / 1e6:.0f}"
+        )
+    if text is None:
+        raise InputError(
+            f"{path} holds no run: only a PNG that pilotfish saved does, and not after another "
+            "program has rewritten it"
+        )
+    if len(text) > LENGTH:
+        raise InputError(
+            f"{path} holds a run of {len(text)} characters; pilotfish reads at most {LENGTH}"
+        )
+    return str(text)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # As exact as isfinite().all() and five times as fast: NaN wins every comparison in amax.
+    return math.isfinite(tensor.abs().amax().item())

@@ -1,0 +1,1 @@
+"""The sampling loop, and what it is made of."""

@@ -1,0 +1,145 @@
+"""Sampling with plugins, from Python: `Sampler`, and what its runs give."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+from torch import Tensor
+
+from ..errors import PilotfishError
+from ..hooks.stack import Stack
+from ..runs import pictures as images
+from ..runs.run import Options, Run
+from .loop import Sampling
+from .step import Step
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..models.stable_diffusion import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+        images: one PIL picture per image.
+        latents: (B, C, H, W), at noise level zero.
+        trace: what each guide did at each step.
+        run: the resolved run; `run.to_toml()` holds everything needed to repeat it.
+    """
+
+    images: list[Image]
+    latents: Tensor
+    trace: Trace
+    run: Run
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the pictures: `cat.png`, or `cat-1.png`, `cat-2.png` ... where there are several.
+
+        A PNG also holds the run, which `pilotfish replay` repeats; not where `run.to_toml` refuses.
+
+        Raises:
+            InputError: the ending names no format, or the place cannot be written.
+        """
+        run = ""
+        with contextlib.suppress(PilotfishError):
+            run = self.run.to_toml()
+        files = images.numbered(path, len(self.images))
+        return [images.save(p, file, run) for p, file in zip(self.images, files, strict=True)]
+
+
+class Stream(Iterator[Step]):
+    """The steps of a run, one at a time; leaving early tears the plugins down.
+
+    Attributes:
+        run: as in `Result`.
+        trace: as in `Result`; it grows with the steps.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._steps = sampling.steps()
+        self.run, self.trace = sampling.described, sampling.trace
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def __len__(self) -> int:
+        return self._sampling.num_steps
+
+    def close(self) -> None:
+        """End the run without a result."""
+        self._steps.close()
+
+    def result(self) -> Result:
+        """Take the remaining steps and decode the pictures.
+
+        Raises:
+            NonFiniteError: the picture is not finite, in float32 neither.
+            PilotfishError: the run was ended by `close` or by an error before.
+        """
+        for _ in self._steps:
+            pass
+        latents, image = self._sampling.finished
+        return Result(images.to_pil(image), latents, self.trace, self.run)
+
+
+class Sampler:
+    """Samples pictures from a latent diffusion model with plugins.
+
+    Args:
+        model: the networks, usually from `pilotfish.load` or `Sampler.from_pipeline`.
+    """
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        self.model = model
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> Sampler:
+        """Use the networks of a `StableDiffusionPipeline`, with its LoRAs and textual inversions.
+
+        The pipeline's safety checker is not run.
+
+        Raises:
+            ModelError: the pipeline is of another kind.
+        """
+        from ..models.stable_diffusion import StableDiffusion
+
+        return cls(StableDiffusion(pipeline))
+
+    def __call__(
+        self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Unpack[Options]
+    ) -> Result:
+        """Make pictures.
+
+        Args:
+            plugins: in order; instances, strings `"blue:scale=2,every=5"`, or mappings
+                `{"use": "blue", "scale": 2}`.
+            options: see `pilotfish.Run`.
+
+        Raises:
+            InputError: a value or name is wrong; nothing has run then.
+            PluginError: a plugin broke its contract; names plugin, hook and step.
+            NonFiniteError: the latents or the picture became NaN or infinite.
+        """
+        return self.stream(prompt, plugins=plugins, **options).result()
+
+    def stream(
+        self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Unpack[Options]
+    ) -> Stream:
+        """The same as an iterator over steps: watch, preview, or break when it is good enough.
+
+        Everything is checked before the first step is asked for. Arguments as in `__call__`.
+        """
+        stack = Stack(plugins)
+        if options.get("seed") is None:
+            options.pop("seed", None)
+        run = Run(prompt=prompt, **cast("dict[str, Any]", options))
+        return Stream(Sampling(self.model, run, stack))
