@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    DefinitionError,
+    GuideWarning,
     InputError,
     ModelError,
     NonFiniteError,
@@ -18,11 +20,11 @@ from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
     from . import view
-    from .models.text import Embedding
+    from .guidance.noise import draw
+    from .models.protocol import Embedding
     from .models.torchvision import mend_torchvision
     from .runs.pictures import pixels, read_picture
     from .runs.run import Run
-    from .sampling.generators import draw
     from .sampling.sampler import Result, Sampler, Stream
     from .sampling.start import Start
     from .sampling.step import Step
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "DefinitionError",
     "Embedding",
     "Guide",
+    "GuideWarning",
     "InputError",
     "ModelError",
     "NonFiniteError",
@@ -61,7 +65,7 @@ __all__ = [
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
 _LAZY = {
-    "Embedding": "models.text",
+    "Embedding": "models.protocol",
     "Record": "sampling.trace",
     "Result": "sampling.sampler",
     "Run": "runs.run",
@@ -70,7 +74,7 @@ _LAZY = {
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
-    "draw": "sampling.generators",
+    "draw": "guidance.noise",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",

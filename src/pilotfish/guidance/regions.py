@@ -33,6 +33,8 @@ class Region:
         SettingsError: the file is no picture, or the mask is empty.
     """
 
+    hard = False
+
     def __init__(self, owner: str, mask: Path | Sequence[float], soft_edge: float) -> None:
         if isinstance(mask, Path):
             picture = read_picture(mask, f"{owner}: mask", mode="L")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import tomllib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from ..errors import InputError, unknown
 from ..guidance.presets import KNOBS, find_preset
 from ..hooks.plugin import Plugin
-from ..hooks.registry import Entry, parse_use, parse_value, use_of
+from ..hooks.registry import Entry, use_of
 from ..hooks.stack import by_name
-from .run import Options, Run
+from ..hooks.use import parse_use, parse_value
+from .run import KEYS
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
-TEXT_KEYS = (
-    *("prompt", "negative_prompt", "preset", "model", "dtype", "checkpointing", "on_error"),
-    "decoder",
-)
+TEXT_KEYS = {
+    *("model", "dtype", "preset"),
+    *(n for n, f in KEYS.items() if f.annotation is str or get_origin(f.annotation) is Literal),
+}
 
 
 def apply(change: str, content: dict[str, Any]) -> None:
@@ -36,7 +37,7 @@ def apply(change: str, content: dict[str, Any]) -> None:
     if not equals:
         raise InputError(f"--set takes KEY=VALUE, such as steps=20; got {change!r}")
     if key.removeprefix("preset.") in KNOBS:
-        content["preset"] = _changed(content.get("preset", Run.preset), key, value)
+        content["preset"] = _changed(content.get("preset", KEYS["preset"].default), key, value)
     elif key.startswith("plugins."):
         name, _, setting = key.removeprefix("plugins.").rpartition(".")
         if not name:
@@ -86,7 +87,7 @@ def _changed(preset: Any, key: str, text: str) -> dict[str, Any]:
 
 
 def _known_key(key: str) -> str:
-    known = {*Options.__annotations__, "prompt", "model", "dtype"}
+    known = {*KEYS, "model", "dtype"}
     if key not in known:
         raise unknown("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
     return key
