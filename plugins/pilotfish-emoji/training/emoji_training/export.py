@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from pilotfish_emoji.networks import (
+from emoji_training.networks import (
     AutoencoderKL,
     CLIPTokenizer,
     DDIMScheduler,
     StableDiffusionPipeline,
 )
-from pilotfish_emoji.tokenizer import write_clip_files
-from pilotfish_emoji.unet import NOISE, Denoiser
+from emoji_training.tokenizer import write_clip_files
+from emoji_training.unet import NOISE, Denoiser
 
 KEPT = ("README.md", "classifier", "clip", "judge.safetensors", "scores.json", "sheet.png")
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pilotfish_emoji import FOLDER, OBJECTS, classifier, clip, predictions, world
+from emoji_training import classifier, clip, predictions, world
+from pilotfish_emoji import FOLDER, OBJECTS
 
 needs_font = pytest.mark.skipif(
     not world.FONT.is_file(), reason="needs the font of fonts-noto-color-emoji"

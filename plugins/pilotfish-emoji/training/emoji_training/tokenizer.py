@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
+from pilotfish_emoji.names import BACKGROUNDS, OBJECTS, STYLES
 from tokenizers import pre_tokenizers
 
-from pilotfish_emoji.names import BACKGROUNDS, OBJECTS, STYLES
-from pilotfish_emoji.networks import CLIPTokenizer
+from emoji_training.networks import CLIPTokenizer
 
 MAX_LENGTH = 77
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pilotfish_emoji.loop import Run, train
-from pilotfish_emoji.muon import split_optimizers
-from pilotfish_emoji.networks import AutoencoderKL
-from pilotfish_emoji.world import sheet
+from emoji_training.loop import Run, train
+from emoji_training.muon import split_optimizers
+from emoji_training.networks import AutoencoderKL
+from emoji_training.world import sheet
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's; `normalise` makes it true of this VAE
 KL_WEIGHT = 1e-6

@@ -1,4 +1,4 @@
-"""Trains the shipped model: `python -m pilotfish_emoji.train vae|unet|decoder|judge|export|all`."""
+"""Trains the shipped model: `python -m emoji_training.train vae|unet|decoder|judge|export|all`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from random import Random
 
 import torch
+from pilotfish_emoji.names import BACKGROUNDS, FOLDER, OBJECTS, STYLES
 from torch import nn
 
-from pilotfish_emoji.export import export, pipeline, sample
-from pilotfish_emoji.judge import train_judge
-from pilotfish_emoji.names import BACKGROUNDS, FOLDER, OBJECTS, STYLES
-from pilotfish_emoji.networks import AutoencoderKL
-from pilotfish_emoji.tokenizer import build_tokenizer
-from pilotfish_emoji.unet import (
+from emoji_training.export import export, pipeline, sample
+from emoji_training.judge import train_judge
+from emoji_training.networks import AutoencoderKL
+from emoji_training.tokenizer import build_tokenizer
+from emoji_training.unet import (
     Denoiser,
     Latents,
     build_text_encoder,
@@ -24,8 +24,8 @@ from pilotfish_emoji.unet import (
     caption_ids,
     train_denoiser,
 )
-from pilotfish_emoji.vae import build_vae, encode, reconstructions, train_decoder, train_vae
-from pilotfish_emoji.world import Dataset, caption, dataset, sheet
+from emoji_training.vae import build_vae, encode, reconstructions, train_decoder, train_vae
+from emoji_training.world import Dataset, caption, dataset, sheet
 
 PICTURES = 32_768
 SEED = 0

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Final
 
 import torch
+from pilotfish_emoji.names import FOLDER
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 from tqdm.auto import tqdm
 
-from pilotfish_emoji.judge import augment
-from pilotfish_emoji.names import FOLDER
-from pilotfish_emoji.networks import DDIMScheduler, StableDiffusionPipeline
-from pilotfish_emoji.world import Dataset
+from emoji_training.judge import augment
+from emoji_training.networks import DDIMScheduler, StableDiffusionPipeline
+from emoji_training.world import Dataset
 
 EVERY: Final = 2  # one picture in so many is also predicted
 REPEATS: Final = 2  # so that half of the draws are predictions

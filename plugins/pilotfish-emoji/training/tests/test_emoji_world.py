@@ -1,40 +1,17 @@
-"""The names, the pictures and the tokenizer of the emoji world."""
+"""The pictures and the tokenizer of the emoji world."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from random import Random
 
 import pytest
 import torch
-from pilotfish_emoji import BACKGROUNDS, FOLDER, HELD_OUT_PAIRS, OBJECTS, STYLES, tokenizer, world
+from emoji_training import tokenizer, world
+from pilotfish_emoji import BACKGROUNDS, FOLDER, HELD_OUT_PAIRS, OBJECTS
 
 needs_font = pytest.mark.skipif(
     not world.FONT.is_file(), reason="needs the font of fonts-noto-color-emoji"
 )
-
-
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, pilotfish_emoji; print({'torch', 'PIL', 'diffusers'} & set(sys.modules))"
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.strip() == "set()"
-
-
-def test_sixty_four_objects_ten_backgrounds_three_styles() -> None:
-    assert [len(set(names)) for names in (OBJECTS, BACKGROUNDS, STYLES)] == [64, 10, 3]
-
-
-def test_held_out_pairs_are_a_tenth_of_all_pairs() -> None:
-    assert len(set(HELD_OUT_PAIRS)) * 10 == len(OBJECTS) * len(BACKGROUNDS)
-
-
-def test_every_object_and_every_background_has_a_held_out_pair() -> None:
-    objects, backgrounds = zip(*HELD_OUT_PAIRS, strict=True)
-    assert set(objects) == set(OBJECTS)
-    assert set(backgrounds) == set(BACKGROUNDS)
 
 
 @needs_font

@@ -1,4 +1,4 @@
-"""A small classifier of the emoji world, to guide by: `python -m pilotfish_emoji.classifier`.
+"""A small classifier of the emoji world, to guide by: `python -m emoji_training.classifier`.
 
 It is written as transformers reads models: `AutoModelForImageClassification.from_pretrained(...)`.
 """
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pilotfish_emoji.names import FOLDER, OBJECTS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pilotfish_emoji.judge import IGNORED, judged_labels
-from pilotfish_emoji.loop import Run, train
-from pilotfish_emoji.names import FOLDER, OBJECTS
-from pilotfish_emoji.networks import ResNetConfig, ResNetForImageClassification
-from pilotfish_emoji.predictions import MEAN, SIDE, STD, show, with_predictions
-from pilotfish_emoji.world import Dataset, dataset
+from emoji_training.judge import IGNORED, judged_labels
+from emoji_training.loop import Run, train
+from emoji_training.networks import ResNetConfig, ResNetForImageClassification
+from emoji_training.predictions import MEAN, SIDE, STD, show, with_predictions
+from emoji_training.world import Dataset, dataset
 
 SEED: Final = 60_001  # not the model's pictures (0), CLIP's (50,001) or the judge's (90,001)
 PICTURES, FRESH = 16_384, 2_048

@@ -1,4 +1,4 @@
-"""A small CLIP of the emoji world, to guide pictures by text: `python -m pilotfish_emoji.clip`.
+"""A small CLIP of the emoji world, to guide pictures by text: `python -m emoji_training.clip`.
 
 It is written as open_clip reads models: `open_clip.create_model("local-dir:FOLDER")`.
 """
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pilotfish_emoji.names import BACKGROUNDS, FOLDER, OBJECTS, STYLES
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from pilotfish_emoji.judge import judged_labels
-from pilotfish_emoji.loop import Run, train
-from pilotfish_emoji.names import BACKGROUNDS, FOLDER, OBJECTS, STYLES
-from pilotfish_emoji.predictions import MEAN, SIDE, STD, against, show, with_predictions
-from pilotfish_emoji.tokenizer import build_tokenizer, token_ids, write_clip_files
-from pilotfish_emoji.world import ALL_STYLES, Dataset, dataset
+from emoji_training.judge import judged_labels
+from emoji_training.loop import Run, train
+from emoji_training.predictions import MEAN, SIDE, STD, against, show, with_predictions
+from emoji_training.tokenizer import build_tokenizer, token_ids, write_clip_files
+from emoji_training.world import ALL_STYLES, Dataset, dataset
 
 SEED: Final = 50_001  # neither the pictures of the model (0) nor of the judge (90,001 and 90,002)
 PICTURES, FRESH = 16_384, 2_048

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from pilotfish_emoji import loop, muon
-from pilotfish_emoji.export import export
-from pilotfish_emoji.judge import IGNORED, JUDGED_STYLES, judged_labels
-from pilotfish_emoji.loop import Run
-from pilotfish_emoji.tokenizer import build_tokenizer
-from pilotfish_emoji.unet import (
+from emoji_training import loop, muon
+from emoji_training.export import export
+from emoji_training.judge import IGNORED, judged_labels
+from emoji_training.loop import Run
+from emoji_training.tokenizer import build_tokenizer
+from emoji_training.unet import (
     Denoiser,
     Latents,
     build_text_encoder,
@@ -23,7 +23,8 @@ from pilotfish_emoji.unet import (
     min_snr_weight,
     train_denoiser,
 )
-from pilotfish_emoji.vae import build_vae, encode, normalise, train_decoder
+from emoji_training.vae import build_vae, encode, normalise, train_decoder
+from pilotfish_emoji.judge import JUDGED_STYLES
 from torch import Tensor, nn
 
 
@@ -54,7 +55,7 @@ def trained(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int |
     """The weights after one run for each stop, all with the same checkpoint."""
     for stop in stops:
         denoiser = tiny_denoiser()
-        monkeypatch.setattr("pilotfish_emoji.unet.train", partial(loop.train, stop_after=stop))
+        monkeypatch.setattr("emoji_training.unet.train", partial(loop.train, stop_after=stop))
         train_denoiser(denoiser, tiny_latents(), num_steps=4, batch=2, checkpoint=checkpoint)
     return denoiser.state_dict()
 

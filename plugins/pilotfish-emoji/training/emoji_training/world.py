@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from PIL.ImageDraw import Draw
-
 from pilotfish_emoji.names import (
     BACKGROUNDS,
     COLORS,

@@ -1,4 +1,4 @@
-"""Scores the shipped model with its judge: `python -m pilotfish_emoji.score`."""
+"""Scores the shipped model with its judge: `python -m emoji_training.score`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from random import Random
 
 import numpy as np
 import torch
+from pilotfish_emoji import judge as judges
+from pilotfish_emoji.names import BACKGROUNDS, FOLDER, HELD_OUT_PAIRS, OBJECTS, STYLES
 from torch import Tensor
 
-from pilotfish_emoji import judge as judges
-from pilotfish_emoji.export import sample
-from pilotfish_emoji.names import BACKGROUNDS, FOLDER, HELD_OUT_PAIRS, OBJECTS, STYLES
-from pilotfish_emoji.networks import DDIMScheduler, StableDiffusionPipeline
-from pilotfish_emoji.world import caption, sheet
+from emoji_training.export import sample
+from emoji_training.networks import DDIMScheduler, StableDiffusionPipeline
+from emoji_training.world import caption, sheet
 
 PROMPTS = 512
 SETTINGS = "DDIM, 25 steps, guidance 4"

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pilotfish_emoji.loop import Run, train
-from pilotfish_emoji.muon import split_optimizers
-from pilotfish_emoji.networks import (
+from emoji_training.loop import Run, train
+from emoji_training.muon import split_optimizers
+from emoji_training.networks import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     DDIMScheduler,
     UNet2DConditionModel,
 )
-from pilotfish_emoji.tokenizer import MAX_LENGTH, token_ids
+from emoji_training.tokenizer import MAX_LENGTH, token_ids
 
 WIDTH = 128
 DROPPED = 0.15  # share of empty captions, for classifier-free guidance
