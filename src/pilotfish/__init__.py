@@ -17,10 +17,21 @@ from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
-    from . import view
+    from .guidance.noise import NoiseLevel, noise_level
+    from .hooks.registry import split_values
     from .models.text import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.pictures import pixels, read_picture
+    from .runs.changes import changed
+    from .runs.pictures import (
+        check_folder,
+        check_writable,
+        is_finite,
+        pixels,
+        read_picture,
+        save_picture,
+        to_pil,
+        whole_file,
+    )
     from .runs.run import Run
     from .sampling.generators import draw
     from .sampling.sampler import Result, Sampler, Stream
@@ -34,6 +45,7 @@ __all__ = [
     "Guide",
     "InputError",
     "ModelError",
+    "NoiseLevel",
     "NonFiniteError",
     "PilotfishError",
     "Plugin",
@@ -49,19 +61,28 @@ __all__ = [
     "Step",
     "Stream",
     "Trace",
+    "changed",
+    "check_folder",
+    "check_writable",
     "draw",
     "guide",
     "hookimpl",
+    "is_finite",
     "load",
     "mend_torchvision",
+    "noise_level",
     "pixels",
     "read_picture",
-    "view",
+    "save_picture",
+    "split_values",
+    "to_pil",
+    "whole_file",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
 _LAZY = {
     "Embedding": "models.text",
+    "NoiseLevel": "guidance.noise",
     "Record": "sampling.trace",
     "Result": "sampling.sampler",
     "Run": "runs.run",
@@ -70,10 +91,19 @@ _LAZY = {
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
+    "changed": "runs.changes",
+    "check_folder": "runs.pictures",
+    "check_writable": "runs.pictures",
     "draw": "sampling.generators",
+    "is_finite": "runs.pictures",
     "mend_torchvision": "models.torchvision",
+    "noise_level": "guidance.noise",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",
+    "save_picture": "runs.pictures",
+    "split_values": "hooks.registry",
+    "to_pil": "runs.pictures",
+    "whole_file": "runs.pictures",
 }
 
 
@@ -100,8 +130,6 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "view":
-        return import_module(".view", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'pilotfish' has no attribute {name!r}")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from PIL import Image
 
-from ..models.text import tokenize
-from .layout import GAP, Label, Shown
+from pilotfish import Sampler
 
-if TYPE_CHECKING:
-    from ..sampling.sampler import Sampler
+from .layout import GAP, Label, Shown
 
 SHADES = ("#dbe7f5", "#f7e3c8")  # words in turn, so that the pieces of one are seen together
 FONT, ROW, LONGEST_LINE = 16, 8, 1000  # pixels, tokens, pixels
@@ -73,15 +72,20 @@ def tokens(sampler: Sampler, prompt: str) -> Tokens:
     Warns:
         UserWarning: the prompt is longer than the encoder takes; names the words that are dropped.
     """
-    encoder = sampler.model.text_encoders[0]
-    ids, pieces, _ = tokenize(encoder, prompt, {})
-    return Tokens(tuple(ids[0].tolist()), pieces, _used(pieces, encoder.tokenizer))
+    ids, mask, pieces = _tokenized(sampler.model.text_encoders[0], prompt)
+    return Tokens(tuple(ids), tuple(pieces), sum(mask))
 
 
-def _used(pieces: tuple[str, ...], tokenizer: object) -> int:
-    """How many tokens there are before the padding, which may be of the end token's kind."""
-    pad, end = getattr(tokenizer, "pad_token", None), getattr(tokenizer, "eos_token", None)
-    used = len(pieces)
-    while used and pieces[used - 1] == pad:
-        used -= 1
-    return used + (pad == end)
+def _tokenized(encoder: Any, prompt: str) -> tuple[list[int], list[int], list[str]]:
+    """Ids, 1 for each that is no padding, and the tokens as they are written."""
+    tokenizer, text = encoder.tokenizer, encoder.prepare(prompt)
+    length = tokenizer.model_max_length
+    found = tokenizer(text, padding="max_length", max_length=length, truncation=True)
+    whole = tokenizer(text, truncation=False, verbose=False).input_ids
+    if len(whole) > length:
+        dropped = tokenizer.decode(whole[length - 1 : -1])
+        warnings.warn(
+            f"{encoder.name} takes {length} tokens. Dropped: {dropped!r}", UserWarning, stacklevel=3
+        )
+    pieces = tokenizer.convert_ids_to_tokens(found.input_ids)
+    return found.input_ids, found.attention_mask, pieces

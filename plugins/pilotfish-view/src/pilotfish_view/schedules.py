@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import PilotfishError
-from ..guidance.noise import noise_level
+from pilotfish import NoiseLevel, PilotfishError, noise_level
+
 from .layout import Shown
 
 
@@ -50,7 +50,7 @@ class Schedule(Shown):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise PilotfishError(
-                "a plot needs matplotlib: pip install 'pilotfish[plot]'"
+                "a plot needs matplotlib: pip install 'pilotfish-view[plot]'"
             ) from error
         figure = Figure(figsize=(8, 6), layout="constrained")
         levels, timesteps = figure.subplots(2, 1, sharex=True)
@@ -69,15 +69,26 @@ class Schedule(Shown):
 def schedule(scheduler: Any, steps: int = 50) -> Schedule:
     """The noise levels of a diffusers scheduler, which stays as it is.
 
-    A copy of the scheduler takes all steps, on one number: those of two stages know the level of a
-    step only when it is next.
-
     Args:
         scheduler: any; `sampler.model.new_scheduler("euler")` makes one to the model's measure.
         steps: asked for; two-stage schedulers make nearly twice as many.
 
     Raises:
         ModelError: the scheduler's noise levels are of no known kind.
+    """
+    timesteps, levels = _levels(scheduler, steps)
+    return Schedule(
+        type(scheduler).__name__,
+        timesteps,
+        tuple(level.alpha for level in levels),
+        tuple(level.sigma for level in levels),
+    )
+
+
+def _levels(scheduler: Any, steps: int) -> tuple[tuple[float, ...], list[NoiseLevel]]:
+    """Timesteps and noise levels, from a copy that takes all steps, on one number.
+
+    Schedulers of two stages know the level of a step only when it is next.
     """
     copy = type(scheduler).from_config(scheduler.config)
     copy.set_timesteps(steps)
@@ -86,9 +97,4 @@ def schedule(scheduler: Any, steps: int = 50) -> Schedule:
         levels.append(noise_level(copy, index))
         copy.scale_model_input(number, timestep)  # without it some schedulers warn
         copy.step(number, timestep, number)
-    return Schedule(
-        type(scheduler).__name__,
-        tuple(copy.timesteps.tolist()),
-        tuple(level.alpha for level in levels),
-        tuple(level.sigma for level in levels),
-    )
+    return tuple(copy.timesteps.tolist()), levels
