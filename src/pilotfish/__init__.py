@@ -19,13 +19,24 @@ from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
-    from . import view
-    from .guidance.noise import draw
+    from .guidance.noise import NoiseLevel, at_least_float32, draw
+    from .hooks.use import split_values
     from .models.protocol import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.pictures import pixels, read_picture
+    from .runs.changes import changed
+    from .runs.pictures import (
+        check_folder,
+        check_writable,
+        is_finite,
+        pixels,
+        read_picture,
+        save_picture,
+        to_pil,
+        whole_file,
+    )
     from .runs.run import Run
     from .sampling.sampler import Result, Sampler, Stream
+    from .sampling.schedule import Schedule
     from .sampling.start import Start
     from .sampling.step import Step
     from .sampling.trace import Record, Trace
@@ -38,6 +49,7 @@ __all__ = [
     "GuideWarning",
     "InputError",
     "ModelError",
+    "NoiseLevel",
     "NonFiniteError",
     "PilotfishError",
     "Plugin",
@@ -47,37 +59,57 @@ __all__ = [
     "Result",
     "Run",
     "Sampler",
+    "Schedule",
     "Setting",
     "SettingsError",
     "Start",
     "Step",
     "Stream",
     "Trace",
+    "at_least_float32",
+    "changed",
+    "check_folder",
+    "check_writable",
     "draw",
     "guide",
     "hookimpl",
+    "is_finite",
     "load",
     "mend_torchvision",
     "pixels",
     "read_picture",
-    "view",
+    "save_picture",
+    "split_values",
+    "to_pil",
+    "whole_file",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
 _LAZY = {
     "Embedding": "models.protocol",
+    "NoiseLevel": "guidance.noise",
     "Record": "sampling.trace",
     "Result": "sampling.sampler",
     "Run": "runs.run",
     "Sampler": "sampling.sampler",
+    "Schedule": "sampling.schedule",
     "Start": "sampling.start",
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
+    "changed": "runs.changes",
+    "check_folder": "runs.pictures",
+    "check_writable": "runs.pictures",
+    "at_least_float32": "guidance.noise",
     "draw": "guidance.noise",
+    "is_finite": "runs.pictures",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",
+    "save_picture": "runs.pictures",
+    "split_values": "hooks.use",
+    "to_pil": "runs.pictures",
+    "whole_file": "runs.pictures",
 }
 
 
@@ -104,8 +136,6 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "view":
-        return import_module(".view", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'pilotfish' has no attribute {name!r}")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -153,7 +153,7 @@ def _from_table(table: Mapping[str, Any]) -> Preset:
         start = find_preset(base)
         own = {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}
         knobs = {**own, **knobs}
-    elif not REQUIRED <= knobs.keys():
+    elif not knobs.keys() >= REQUIRED:
         missing = ", ".join(sorted(REQUIRED - knobs.keys()))
         raise InputError(
             f"preset {knobs.get('name', '')!r}: {missing} must be given, or `base`, the name of a "

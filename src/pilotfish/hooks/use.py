@@ -49,6 +49,15 @@ def parse_value(text: str) -> Any:
     return text
 
 
+def split_values(text: str) -> list[str]:
+    """Values that commas part, as they are written; a comma in quotes or brackets parts nothing.
+
+    Raises:
+        InputError: a quote or bracket is not closed.
+    """
+    return [part.strip() for part in split_outside(text, ",")]
+
+
 def split_outside(text: str, separator: str, limit: int = 0) -> list[str]:
     """Split at a separator that is not inside quotes or brackets; at most `limit` parts.
 

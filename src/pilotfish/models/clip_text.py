@@ -95,13 +95,13 @@ class ClipText:
         text = self._spell(text)
         with _one_at_a_time:
             text = self.prepare(text)
-            ids = self.tokenizer(
+            found = self.tokenizer(
                 text,
                 padding="max_length",
                 max_length=self.length,
                 truncation=True,
                 return_tensors="pt",
-            ).input_ids
+            )
             whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
         if len(whole) > self.length:
             dropped = self.tokenizer.decode(whole[self.length - 1 : -1])
@@ -111,13 +111,14 @@ class ClipText:
                 UserWarning,
                 stacklevel=2,
             )
+        ids, used = found.input_ids, int(found.attention_mask.sum())
         numbers = ids[0].tolist()
         plain = zip(numbers, self.tokenizer.convert_ids_to_tokens(numbers), strict=True)
         pieces = [self.vectors[n][1] if n in self.vectors else piece for n, piece in plain]
         added = {at: self.vectors[n][0] for at, n in enumerate(numbers) if n in self.vectors}
         for position in added:
             ids[0, position] = 0
-        return Tokens(ids, tuple(pieces), added)
+        return Tokens(ids, tuple(pieces), used, added)
 
     def _spell(self, text: str) -> str:
         """Write out added words as their pieces: the longest word that stands at a place counts.

@@ -51,11 +51,13 @@ class Tokens:
     Attributes:
         ids: (1, T).
         pieces: the T tokens as the tokenizer writes them.
+        used: how many there are before the padding.
         added: vectors (D,) of words that plugins added, by position.
     """
 
     ids: Tensor
     pieces: tuple[str, ...]
+    used: int
     added: Mapping[int, Tensor]
 
 

@@ -50,7 +50,11 @@ class Sampling:
         self.shape = self.model.latent_shape(self.run.height, self.run.width)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
-        self.schedule = Schedule(self.model, spec, self.run.steps, self.shape)
+        self.schedule = Schedule(
+            self.model.new_scheduler(spec),
+            self.run.steps,
+            lambda scheduler, steps: self.model.set_timesteps(scheduler, steps, self.shape),
+        )
         self.num_steps = self.schedule.num_steps
         self.generators = Generators(self.run)
         self.guides = Guides(self.run, stack, self.schedule, self.generators, self.trace)

@@ -52,7 +52,9 @@ class Result:
         with contextlib.suppress(PilotfishError):
             run = self.run.to_toml()
         files = images.numbered(path, len(self.images))
-        return [images.save(p, file, run) for p, file in zip(self.images, files, strict=True)]
+        return [
+            images.save_picture(p, file, run) for p, file in zip(self.images, files, strict=True)
+        ]
 
 
 class Stream(Iterator[Step]):

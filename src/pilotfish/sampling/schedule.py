@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,6 @@ from ..guidance.noise import CLEAN, NoiseLevel, draw
 from .generators import copied
 
 if TYPE_CHECKING:
-    from ..models.protocol import LatentDiffusion
     from .step import StepState
 
 
@@ -25,11 +24,10 @@ class Schedule:
     """A run's scheduler and the noise levels of its steps.
 
     Args:
-        model: whose scheduler it is.
-        spec: see `Run.scheduler`.
+        scheduler: a diffusers scheduler of its own.
         steps: as the user counts them.
-        shape: of the latents, (C, H, W); some families' schedules depend on it. None is the
-            model's own.
+        set_timesteps: lets the scheduler choose its steps as a model's family does; None is the
+            scheduler's own way.
 
     Attributes:
         name: the scheduler's class.
@@ -44,17 +42,13 @@ class Schedule:
 
     def __init__(
         self,
-        model: LatentDiffusion,
-        spec: Any = None,
-        steps: int | None = None,
-        shape: Sequence[int] | None = None,
+        scheduler: Any,
+        steps: int,
+        set_timesteps: Callable[[Any, int], None] = lambda s, n: s.set_timesteps(n),
     ) -> None:
-        own = model.defaults
-        steps, shape = steps or own.steps, shape or model.latent_shape(own.height, own.width)
-        self._scheduler = scheduler = model.new_scheduler(spec)
-        self.name = type(scheduler).__name__
+        self._scheduler, self.name = scheduler, type(scheduler).__name__
         try:
-            model.set_timesteps(scheduler, steps, shape)
+            set_timesteps(scheduler, steps)
         except PilotfishError:
             raise
         except Exception as error:  # whatever a scheduler makes of a number that it cannot take

@@ -91,9 +91,7 @@ class Trace(list[Record]):
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise PilotfishError(
-                "trace.plot() needs matplotlib: pip install 'pilotfish[plot]'"
-            ) from error
+            raise PilotfishError("trace.plot() needs matplotlib: pip install matplotlib") from error
         if not self:
             raise InputError("the trace is empty: no guide acted in this run")
         figure = Figure(figsize=(8, 5), layout="constrained")

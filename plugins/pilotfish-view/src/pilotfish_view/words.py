@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..models.text import tokenize
-from .layout import GAP, Label, Shown
+from pilotfish import Sampler
 
-if TYPE_CHECKING:
-    from ..sampling.sampler import Sampler
+from .layout import GAP, Label, Shown
 
 SHADES = ("#dbe7f5", "#f7e3c8")  # words in turn, so that the pieces of one are seen together
 FONT, ROW, LONGEST_LINE = 16, 8, 1000  # pixels, tokens, pixels
@@ -73,15 +70,5 @@ def tokens(sampler: Sampler, prompt: str) -> Tokens:
     Warns:
         UserWarning: the prompt is longer than the encoder takes; names the words that are dropped.
     """
-    encoder = sampler.model.text_encoders[0]
-    ids, pieces, _ = tokenize(encoder, prompt, {})
-    return Tokens(tuple(ids[0].tolist()), pieces, _used(pieces, encoder.tokenizer))
-
-
-def _used(pieces: tuple[str, ...], tokenizer: object) -> int:
-    """How many tokens there are before the padding, which may be of the end token's kind."""
-    pad, end = getattr(tokenizer, "pad_token", None), getattr(tokenizer, "eos_token", None)
-    used = len(pieces)
-    while used and pieces[used - 1] == pad:
-        used -= 1
-    return used + (pad == end)
+    found = sampler.model.text_encoders[0].tokenize(prompt)
+    return Tokens(tuple(found.ids[0].tolist()), found.pieces, found.used)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import InputError, PilotfishError
-from ..runs import pictures as images
-from .layout import Shown, table
+from pilotfish import InputError, PilotfishError, Step, check_folder, to_pil, whole_file
 
-if TYPE_CHECKING:
-    from ..sampling.step import Step
+from .layout import Shown, table
 
 COLUMNS = ("noisy latents", "predicted x0")
 FRAME_SIDE, SHEET_SIDE = 256, 128  # pixels, of an estimate's longer side
@@ -51,7 +48,7 @@ class Film(Shown):
             noisy, clean = model.decode(latents), step.image if by_vae else model.decode(step.x0)
         else:
             noisy, clean = model.rgb(latents), step.rgb
-        pairs = zip(images.to_pil(noisy), images.to_pil(clean), strict=True)
+        pairs = zip(to_pil(noisy), to_pil(clean), strict=True)
         self._pictures.append([picture for pair in pairs for picture in pair])
         self._captions.append(f"step {step.index + 1} of {step.num_steps}\nsigma {step.sigma:.3g}")
 
@@ -93,19 +90,33 @@ class Film(Shown):
             for p in self._pictures[at]
         ]
 
+    @staticmethod
+    def check(path: str | Path) -> Path:
+        """A film's path, checked before the work.
+
+        Raises:
+            InputError: the ending is no film's, or the folder cannot be made.
+            PilotfishError: imageio is missing.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in ENDINGS:
+            raise InputError(f"cannot write {path}: end a film's name in {' or '.join(ENDINGS)}")
+        if path.suffix.lower() == ".mp4":
+            _imageio()
+        return check_folder(path)
+
     def save(self, path: str | Path) -> Path:
         """Write a film: `.gif`, or `.mp4`, which takes imageio.
 
         Raises:
-            InputError: no step was taken, the ending is another one, or the place cannot be
-                written.
-            PilotfishError: imageio is missing.
+            InputError: no step was taken, or the place cannot be written.
+            InputError, PilotfishError: see `check`.
         """
-        path = check_film(path)
+        path = self.check(path)
         frames = self.frames
         if not frames:
             raise InputError(f"cannot write {path}: no step was taken")
-        with images.whole_file(path) as part:
+        with whole_file(path) as part:
             if path.suffix.lower() == ".gif":
                 shown = [FRAME] * (len(frames) - 1) + [LAST]
                 first, *more = frames
@@ -128,21 +139,6 @@ def film(steps: Iterable[Step], *, decoded: bool = False) -> Film:
     return made
 
 
-def check_film(path: str | Path) -> Path:
-    """A film's path, checked before the work.
-
-    Raises:
-        InputError: the ending is no film's, or the folder cannot be made.
-        PilotfishError: what writes the film is missing.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"cannot write {path}: end a film's name in {' or '.join(ENDINGS)}")
-    if path.suffix.lower() == ".mp4":
-        _imageio()
-    return images.check_folder(path)
-
-
 def _save_mp4(frames: list[Image.Image], path: Path) -> None:
     """H.264 with half as many colours each way, which every player takes: so sides are even."""
     pixels = np.stack([np.asarray(frame) for frame in frames])  # (frames, height, width, 3)
@@ -159,6 +155,6 @@ def _imageio() -> Any:
         import imageio_ffmpeg  # noqa: F401  # imageio asks for it only when it writes
     except ImportError as error:
         raise PilotfishError(
-            "an .mp4 film needs imageio: pip install 'pilotfish[film]'; a .gif needs nothing more"
+            "an .mp4 film needs imageio: pip install 'pilotfish-view[film]'; a .gif does not"
         ) from error
     return imageio.v3

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
-from ..runs import pictures as images
-from .layout import Shown, table
+from pilotfish import InputError, Sampler, is_finite, pixels, to_pil
 
-if TYPE_CHECKING:
-    from ..sampling.sampler import Sampler
+from .layout import Shown, table
 
 ERROR_GAIN = 4  # an error of a quarter is white
 
@@ -29,7 +25,7 @@ def channels(latents: Tensor) -> Image.Image:
     Raises:
         InputError: another shape, or values that are not finite.
     """
-    if latents.ndim != 4 or not latents.numel() or not images.is_finite(latents):
+    if latents.ndim != 4 or not latents.numel() or not is_finite(latents):
         raise InputError(
             f"latents must be finite and of shape (B, C, H, W); got {tuple(latents.shape)}"
         )
@@ -91,13 +87,13 @@ def roundtrip(sampler: Sampler, picture: Image.Image) -> RoundTrip:
     """
     model = sampler.model
     before = _cut(picture.convert("RGB"), getattr(model, "factor", 1))
-    image = images.pixels(before)  # (1, 3, 8H, 8W)
+    image = pixels(before)  # (1, 3, 8H, 8W)
     latents = model.encode(image)
     decoded = model.decode(latents).clamp(0, 1).cpu()
     difference = decoded.float() - image
     return RoundTrip(
         before,
-        images.to_pil(decoded)[0],
+        to_pil(decoded)[0],
         latents,
         difference[0].abs().mean(dim=0),
         float(difference.square().mean().sqrt()),

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
 
 from PIL import Image
 
-from ..errors import InputError
-from ..hooks.registry import parse_value, split_outside
-from ..runs.changes import apply
-from ..runs.run import Options, Run
-from ..sampling.sampler import Result, Stream
-from .layout import Shown, table
+from pilotfish import InputError, Result, Sampler, Stream, changed, split_values
 
-if TYPE_CHECKING:
-    from ..sampling.sampler import Sampler
+from .layout import Shown, table
 
 
 @dataclass(frozen=True)
@@ -38,21 +34,26 @@ class Axis:
             InputError: it has no key or no values.
         """
         key, _, values = text.partition("=")
-        found = tuple(value.strip() for value in split_outside(values, ","))
+        found = tuple(split_values(values))
         if not key.strip() or not all(found):
             raise InputError(f"an axis is KEY=VALUE,VALUE,..., such as seed=1,2,3; got {text!r}")
         return cls(key.strip(), found)
 
     @property
     def changes(self) -> list[str]:
-        """One for each value, as `change.apply` takes it."""
+        """One for each value, as `pilotfish.changed` takes it."""
         return [f"{self.key}={value}" for value in self.values]
 
     @property
     def labels(self) -> list[str]:
         """One for each value, for people."""
         name = self.key.removeprefix("plugins.")
-        return [f"{name} = {parse_value(value)}" for value in self.values]
+        return [f"{name} = {_unquoted(value)}" for value in self.values]
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 class Grid(Shown):
@@ -81,7 +82,8 @@ class Grid(Shown):
         self.x, self.y = Axis.parse(x), Axis.parse(y) if y is not None else None
         if self.y is not None and self.y.key == self.x.key:
             raise InputError(f"the two axes must be two settings; got {self.x.key} twice")
-        content = {"seed": Run().seed, **content}
+        if content.get("seed") is None:
+            content = {**content, "seed": secrets.randbelow(2**32)}
         rows = [[c] for c in self.y.changes] if self.y is not None else [[]]
         self._streams = [
             [self._begin(start, content, [x, *row]) for x in self.x.changes] for row in rows
@@ -92,11 +94,8 @@ class Grid(Shown):
     def _begin(
         start: Callable[[dict[str, Any]], Stream], content: Mapping[str, Any], changes: list[str]
     ) -> Stream:
-        own = {**content, "plugins": [*content.get("plugins", ())]}
         try:
-            for change in changes:
-                apply(change, own)
-            return start(own)
+            return start(functools.reduce(changed, changes, dict(content)))
         except InputError as error:
             raise InputError(f"{', '.join(changes)}: {error}") from error
 
@@ -134,7 +133,7 @@ def grid(
     x: str,
     y: str | None = None,
     plugins: Sequence[object] = (),
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Grid:
     """One picture for each pair of two settings' values.
 

@@ -6,11 +6,11 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
-from ..errors import PilotfishError
-from ..guidance.noise import noise_level
+import pilotfish
+from pilotfish import PilotfishError
+
 from .layout import Shown
 
 
@@ -50,7 +50,7 @@ class Schedule(Shown):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise PilotfishError(
-                "a plot needs matplotlib: pip install 'pilotfish[plot]'"
+                "a plot needs matplotlib: pip install 'pilotfish-view[plot]'"
             ) from error
         figure = Figure(figsize=(8, 6), layout="constrained")
         levels, timesteps = figure.subplots(2, 1, sharex=True)
@@ -69,26 +69,18 @@ class Schedule(Shown):
 def schedule(scheduler: Any, steps: int = 50) -> Schedule:
     """The noise levels of a diffusers scheduler, which stays as it is.
 
-    A copy of the scheduler takes all steps, on one number: those of two stages know the level of a
-    step only when it is next.
-
     Args:
         scheduler: any; `sampler.model.new_scheduler("euler")` makes one to the model's measure.
         steps: asked for; two-stage schedulers make nearly twice as many.
 
     Raises:
+        InputError: the scheduler cannot take so many steps.
         ModelError: the scheduler's noise levels are of no known kind.
     """
-    copy = type(scheduler).from_config(scheduler.config)
-    copy.set_timesteps(steps)
-    levels, number = [], torch.zeros(1, 1, 1, 1)
-    for index, timestep in enumerate(copy.timesteps):
-        levels.append(noise_level(copy, index))
-        copy.scale_model_input(number, timestep)  # without it some schedulers warn
-        copy.step(number, timestep, number)
+    found = pilotfish.Schedule(type(scheduler).from_config(scheduler.config), steps)
     return Schedule(
-        type(scheduler).__name__,
-        tuple(copy.timesteps.tolist()),
-        tuple(level.alpha for level in levels),
-        tuple(level.sigma for level in levels),
+        found.name,
+        tuple(found.timesteps.tolist()),
+        tuple(level.alpha for level in found.levels),
+        tuple(level.sigma for level in found.levels),
     )

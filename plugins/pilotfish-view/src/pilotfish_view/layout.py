@@ -11,7 +11,7 @@ from functools import cached_property
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import InputError
+from pilotfish import InputError
 
 SIDE = 128  # below, a picture is hard to see and its label does not fit; all sizes are in pixels
 GAP = 8
@@ -138,6 +138,31 @@ def table(
         for x, picture in zip(_starts(left, widths), row, strict=False):
             if picture:
                 sheet.paste(picture, (x, y))
+    return sheet
+
+
+def strip(pictures: Sequence[Image.Image], labels: Sequence[str], height: int = 256) -> Image.Image:
+    """Pictures side by side, all of one height, each with its label below.
+
+    Raises:
+        InputError: not one label for each picture.
+    """
+    if len(pictures) != len(labels) or not pictures:
+        raise InputError(f"got {len(pictures)} pictures and {len(labels)} labels")
+    font = ImageFont.load_default(size=height / 14)
+    gap, line = height // 16, height // 8
+    scaled = [
+        p.convert("RGB").resize((p.width * height // p.height, height), Image.Resampling.LANCZOS)
+        for p in pictures
+    ]
+    width = sum(p.width for p in scaled) + gap * (len(scaled) + 1)
+    sheet = Image.new("RGB", (width, height + 2 * gap + line), "white")
+    draw, left = ImageDraw.Draw(sheet), gap
+    for picture, label in zip(scaled, labels, strict=True):
+        sheet.paste(picture, (left, gap))
+        middle = (left + picture.width / 2, gap + height + line * 0.6)
+        draw.text(middle, label, fill="black", font=font, anchor="mm")
+        left += picture.width + gap
     return sheet
 
 

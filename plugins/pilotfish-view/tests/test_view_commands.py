@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pilotfish_view as view
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from pilotfish import Sampler, load, view
+from pilotfish import load
 from pilotfish.cli import main
-from pilotfish.testing import random_pipeline
+from pilotfish.testing import random_pipeline, random_sampler
 
 RUN = """
 prompt = "a red cat"
@@ -72,9 +73,8 @@ def test_generate_writes_a_film_beside_the_picture_and_the_picture_stays(model, 
         assert film.n_frames == 3
 
 
-def test_a_film_that_cannot_be_written_is_refused_before_the_run(monkeypatch):
-    monkeypatch.setattr("pilotfish.models.loading.load", None)
-    done = call("generate", "a red cat", "--film", "cat.avi")
+def test_a_film_that_cannot_be_written_is_refused_before_the_run():
+    done = call("generate", "a red cat", "--model", "./nothing", "--film", "cat.avi")
     assert done.exit_code == 1
     assert "cannot write cat.avi: end a film's name in .gif or .mp4" in done.stderr
 
@@ -89,7 +89,7 @@ def test_a_grid_on_the_command_line_is_the_grid_of_its_run_file(model):
     assert "new/g.png  2 x 2 pictures" in done.stdout and "4 steps in" in done.stdout
     assert "4/4" in done.stderr  # the progress bar
     grid = view.grid(
-        Sampler.from_pipeline(random_pipeline()),
+        random_sampler(),
         "a red cat",
         plugins=[{"use": "./my_loss.py:Cheap", "name": "cheap"}],
         x=axes[1],
@@ -102,15 +102,13 @@ def test_a_grid_on_the_command_line_is_the_grid_of_its_run_file(model):
 
 
 def test_models_and_number_formats_can_be_an_axis_and_each_is_loaded_once(model, monkeypatch):
-    from pilotfish.models import loading
+    loads = []
 
-    own, loads = loading.load, []
-
-    def load(name, **options):
+    def counted(name, **options):
         loads.append((name, options["dtype"]))
-        return own(name, **options)
+        return load(name, **options)
 
-    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr("pilotfish.load", counted)
     axes = ("--x", "dtype=float32,bfloat16", "--y", "seed=1,2")
     done = call("grid", "run.toml", *axes, "--model", model)
     assert done.exit_code == 0, done.output
@@ -155,7 +153,7 @@ def test_a_schedule_is_printed_and_drawn(model):
 
 def test_tokens_are_printed_and_drawn(model):
     done = call("view", "tokens", "a red puppyzz", "--model", model, "--out", "tokens.png")
-    tokens = view.tokens(Sampler.from_pipeline(random_pipeline()), "a red puppyzz")
+    tokens = view.tokens(random_sampler(), "a red puppyzz")
     assert done.stdout == f"{tokens}\n"
     with Image.open("tokens.png") as picture:
         assert picture.tobytes() == tokens.picture().tobytes()
