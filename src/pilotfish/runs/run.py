@@ -65,7 +65,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, pydantic.AfterValidator(in_utf8)]
 Count = Annotated[int, BeforeValidator(_whole(1))]
 
 
@@ -87,8 +86,8 @@ class Run(pydantic.BaseModel):
         protected_namespaces=(),
     )
 
-    prompt: Text = Field("", description="what the picture shows")
-    negative_prompt: Text = Field(
+    prompt: str = Field("", description="what the picture shows")
+    negative_prompt: str = Field(
         "", description="what the picture should not show; counts only with guidance"
     )
     steps: Count | None = Field(None, description="sampling steps")
@@ -133,6 +132,10 @@ class Run(pydantic.BaseModel):
     dtype: str | None = None
 
     _model: Any = PrivateAttr(None)
+
+    _in_utf8 = pydantic.field_validator(
+        "prompt", "negative_prompt", "scheduler", "preset", "decoder", mode="before"
+    )(in_utf8)
 
     def __init__(self, **values: Any) -> None:
         try:
