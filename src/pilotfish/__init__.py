@@ -13,6 +13,7 @@ from .errors import (
     SettingsError,
 )
 from .guidance.presets import PRESETS, Preset
+from .hooks.area import Area
 from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from . import view
     from .models.text import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.pictures import pixels, read_picture
+    from .runs.pictures import area_weights, pixels, read_picture
     from .runs.run import Run
     from .sampling.generators import draw
     from .sampling.sampler import Result, Sampler, Stream
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Area",
     "Embedding",
     "Guide",
     "InputError",
@@ -49,6 +51,7 @@ __all__ = [
     "Step",
     "Stream",
     "Trace",
+    "area_weights",
     "draw",
     "guide",
     "hookimpl",
@@ -70,6 +73,7 @@ _LAZY = {
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
+    "area_weights": "runs.pictures",
     "draw": "sampling.generators",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",

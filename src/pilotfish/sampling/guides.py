@@ -26,6 +26,7 @@ from ..guidance.presets import find_preset
 from ..guidance.regions import Region
 from ..hooks.plugin import Guide
 from ..hooks.stack import Call, Stack
+from ..runs.pictures import read_region
 from ..runs.run import Run
 from . import clock
 from .generators import Generators, draw
@@ -57,7 +58,9 @@ class Guides:
         for call in stack.calls["loss_guidance"]:
             if isinstance(call.plugin, Guide) and call.plugin.settings.mask is not None:
                 settings, owner = call.plugin.settings, stack.label(call.name)
-                self._regions[call.name] = Region(owner, settings.mask, settings.soft_edge)
+                self._regions[call.name] = read_region(
+                    owner, settings.mask, settings.soft_edge, settings.mask_edge
+                )
         if stack.calls["loss_guidance"]:
             self._refuse_what_cannot_work()
         self._strengths = schedule.strengths(self.preset.schedule)
