@@ -19,9 +19,11 @@ from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
     from . import view
+    from .guidance.cutouts import cutouts
+    from .guidance.noise import at_least_float32
     from .models.text import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.pictures import area_weights, pixels, read_picture
+    from .runs.pictures import area_weights, pixels, read_picture, whole_file
     from .runs.run import Run
     from .sampling.generators import draw
     from .sampling.sampler import Result, Sampler, Stream
@@ -52,6 +54,8 @@ __all__ = [
     "Stream",
     "Trace",
     "area_weights",
+    "at_least_float32",
+    "cutouts",
     "draw",
     "guide",
     "hookimpl",
@@ -60,6 +64,7 @@ __all__ = [
     "pixels",
     "read_picture",
     "view",
+    "whole_file",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
@@ -74,10 +79,13 @@ _LAZY = {
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
     "area_weights": "runs.pictures",
+    "at_least_float32": "guidance.noise",
+    "cutouts": "guidance.cutouts",
     "draw": "sampling.generators",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",
+    "whole_file": "runs.pictures",
 }
 
 
