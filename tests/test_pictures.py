@@ -363,6 +363,51 @@ def test_broken_profiles_and_that_of_srgb_change_nothing(tmp_path, icc):
     assert_shows(grey, GREYS, 0)
 
 
+def profile(space, connection, tags):
+    """An ICC profile of version 2 with these tags, made by hand (ICC.1:2001-04)."""
+    start, table, body = 132 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        table += struct.pack(">4sII", name, start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    d50 = struct.pack(">3i", 63_190, 65_536, 54_061)
+    head = struct.pack(">I4sI4s4s", start + len(body), b"lcms", 0x02100000, b"prtr", space)
+    head += connection + bytes(12) + b"acsp" + bytes(28) + d50
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def test_a_grey_profile_is_applied_to_grey_at_every_depth(tmp_path):
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63_190, 65_536, 54_061)
+    icc = profile(b"GRAY", b"XYZ ", {b"wtpt": white, b"kTRC": b"curv" + bytes(8)})
+    for values, most in ((GREYS, 255), (DEEP, 65_535)):
+        path = saved(Image.fromarray(values), tmp_path / "grey.png", icc_profile=icc)
+        linear = np.round(values / most * 255) / 255
+        encoded = np.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear)
+        assert_shows(path, encoded * 255, 2)
+        mask = read_mask(path, "a mask")[0, 0].numpy()  # numbers, whatever they look like
+        np.testing.assert_allclose(mask, values / most, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["tif", "jpg"])
+def test_ink_with_a_profile_is_shown_by_it(tmp_path, ending):
+    # A table of 2 x 2 x 2 x 2 colours in Lab: cyan alone is L = 50, black alone 20, all else 80.
+    lightness = np.full((2, 2, 2, 2), 204, np.uint8)
+    lightness[0, 0, 0, 0], lightness[1, 0, 0, 0], lightness[0, 0, 0, 1] = 255, 127, 51
+    lightness[1, 1, 1, 1] = 0  # so that no black point has to be compensated
+    colours = np.stack([lightness, lightness * 0 + 128, lightness * 0 + 128], axis=-1)
+    line = np.arange(256, dtype=np.uint8)
+    matrix = struct.pack(">9i", 65_536, 0, 0, 0, 65_536, 0, 0, 0, 65_536)
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + np.tile(line, 4).tobytes()
+    lut += colours.tobytes() + np.tile(line, 3).tobytes()
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63_190, 65_536, 54_061)
+    icc = profile(b"CMYK", b"Lab ", {b"wtpt": white, b"A2B0": lut})
+    for ink, light in (((0,) * 4, 255), ((255, 0, 0, 0), 127), ((0, 0, 0, 255), 51)):
+        picture = Image.new("CMYK", (16, 16), ink)
+        path = saved(picture, tmp_path / f"ink.{ending}", icc_profile=icc, quality=100)
+        y = ((light / 2.55 + 16) / 116) ** 3
+        grey = 255 * (1.055 * y ** (1 / 2.4) - 0.055)
+        assert_shows(path, np.full((16, 16), grey), 2)
+
+
 # ---- masks ----
 
 
@@ -392,6 +437,12 @@ def test_a_mask_that_only_its_colour_opacity_or_depth_tells_from_black_counts(tm
     for name, value in (("deep", 1 / 65_535), ("blue", 0.114 / 255), ("faint", 30 / 255**2)):
         weights = area_weights(tmp_path / f"{name}.png", (1, 1), what="a mask")
         assert weights.item() == pytest.approx(value / 64, rel=1e-4), name
+
+
+def test_colours_too_dark_for_what_is_read_of_them_are_not_called_black(tmp_path):
+    path = written(tmp_path / "dark.png", png(np.full((4, 4, 3), 200), 2, 16))
+    with pytest.raises(SettingsError, match="upper 8 of its 16 bits .*; save it as grey"):
+        read_mask(path, "a mask")
 
 
 def test_only_a_black_mask_is_called_black(tmp_path):

@@ -30,5 +30,9 @@ def check_area(area: Any) -> Box | Path:
     return left, top, right, bottom
 
 
-# For a plugin's `Settings`; `area_weights` gives what part of each cell or pixel lies in one.
 Area = Annotated[Box | Path, BeforeValidator(check_area)]
+"""A setting's type: a mask file, white where it counts, or a box [left, top, right, bottom].
+
+A box is in fractions of the picture, 0 <= left < right <= 1 and 0 <= top < bottom <= 1.
+`pilotfish.area_weights` gives what part of each cell or pixel lies in an area.
+"""

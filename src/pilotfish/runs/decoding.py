@@ -39,13 +39,19 @@ def mask_values(file: ImageFile) -> Floats:
     Nothing is rounded to 8 bits. A mask is numbers: a profile changes nothing.
 
     Raises:
-        ValueError: as `shown`.
+        ValueError: as `shown`; or black in what is read of colours with 16 bits a channel.
     """
+    deep = ";16" in str(file.tile)
     colours, alpha = _parts(file)
     if isinstance(colours, Image.Image):
         red, green, blue = (np.asarray(c, np.int32) for c in colours.convert("RGB").split())
         # Whole numbers (ITU-R 601), so that white is exactly 1.
         colours = ((299 * red + 587 * green + 114 * blue) / 255_000).astype(np.float32)
+        if deep and not colours.any():  # Pillow keeps 8 of them
+            raise ValueError(
+                "it is black in the upper 8 of its 16 bits a channel, which are all that is read "
+                "of colours; save it as grey"
+            )
     if alpha is not None:
         colours = (colours * (np.asarray(alpha, np.float32) / 255)).astype(np.float32)
     return np.asarray(_upright(Image.fromarray(colours), file))
@@ -115,7 +121,9 @@ def _in_srgb(colours: Image.Image, icc: bytes | None) -> Image.Image:
         if profile.profile.xcolor_space.strip() != SPACES[colours.mode]:
             return colours
         srgb = ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(profile, srgb, colours.mode, "RGB")
+        # Grey curves are up to 10 of 255 wrong near black where Little CMS makes them faster.
+        flags = ImageCms.Flags.NOOPTIMIZE if colours.mode == "L" else ImageCms.Flags.NONE
+        transform = ImageCms.buildTransform(profile, srgb, colours.mode, "RGB", flags=flags)
         if not _changes(transform, colours.mode):
             return colours
         return ImageCms.applyTransform(colours, transform) or colours
