@@ -321,26 +321,29 @@ def test_numbers_of_unknown_range_are_refused_with_the_way_out(tmp_path, values,
 # ---- profiles ----
 
 
-def linear_profile():
-    """sRGB's colours with no curve: made from Pillow's own, whose curves are replaced."""
+def power_profile(gamma):
+    """sRGB's colours with another curve: made from Pillow's own, whose curves are replaced."""
     icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for i in range(struct.unpack(">I", icc[128:132])[0]):
         name, start, _ = struct.unpack(">4sII", icc[132 + 12 * i : 144 + 12 * i])
         if name in (b"rTRC", b"gTRC", b"bTRC"):
-            # A parametric curve of type 0: y = x to the power of 1.
-            icc[start : start + 16] = b"para" + bytes(8) + struct.pack(">I", 0x10000)
+            # A parametric curve of type 0: y = x to the power of gamma.
+            icc[start : start + 16] = b"para" + bytes(8) + struct.pack(">I", round(gamma * 0x10000))
     return bytes(icc)
 
 
-def test_an_embedded_profile_is_applied_to_colours_and_not_to_opacity(tmp_path):
+@pytest.mark.parametrize("gamma", [1, 1.8, 2.2])
+def test_an_embedded_profile_is_applied_to_colours_and_not_to_opacity(tmp_path, gamma):
     encoded = np.where(
-        (linear := COLOURS / 255) > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear
+        (linear := (COLOURS / 255) ** gamma) > 0.0031308,
+        1.055 * linear ** (1 / 2.4) - 0.055,
+        12.92 * linear,
     )
     picture = Image.fromarray(COLOURS)
-    path = saved(picture, tmp_path / "linear.png", icc_profile=linear_profile())
+    path = saved(picture, tmp_path / "linear.png", icc_profile=power_profile(gamma))
     assert_shows(path, encoded * 255, 2)
     picture.putalpha(Image.fromarray(OPACITY))
-    path = saved(picture, tmp_path / "clear.png", icc_profile=linear_profile())
+    path = saved(picture, tmp_path / "clear.png", icc_profile=power_profile(gamma))
     assert_shows(path, over(encoded * 255, OPACITY, 255), 2)
 
 
@@ -349,7 +352,7 @@ def test_an_embedded_profile_is_applied_to_colours_and_not_to_opacity(tmp_path):
     [
         b"no profile",
         b"",
-        linear_profile()[:300],
+        power_profile(1)[:300],
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
         ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(),
     ],
@@ -476,7 +479,17 @@ def test_a_box_counts_by_what_part_of_each_cell_it_covers():
 
 
 @pytest.mark.parametrize(
-    "area", [(0, 0, 2, 1), [0.5, 0, 0.5, 1], (0, 1), None, 3, [0, 0, float("nan"), 1]]
+    "area",
+    [
+        (0, 0, 2, 1),
+        [0.5, 0, 0.5, 1],
+        (0, 1),
+        None,
+        3,
+        [0, 0, float("nan"), 1],
+        [-0.1, 0, 1, 1],
+        [0, 0.5, 1, 0.5],
+    ],
 )
 def test_what_is_no_area_is_refused(area):
     with pytest.raises(SettingsError, match=r"Plugin: mask must be a picture file, or \[left.*got"):
