@@ -34,7 +34,7 @@ from torch.nn.functional import cosine_similarity
 
 import pilotfish
 from pilotfish.hooks import registry
-from pilotfish.models.stable_diffusion import diffusers
+from pilotfish.models.schedulers import diffusers
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = Path(__file__).parent / "results"

@@ -19,7 +19,7 @@ HEAD = """\
 # The hooks
 
 What a plugin may do, hook by hook. This page is written by `docs/make_hooks.py` from
-[hookspecs.py](../src/pilotfish/hookspecs.py); change it there. [Write a plugin](plugins.md) is the
+[specs.py](../src/pilotfish/hooks/specs.py); change it there. [Write a plugin](plugins.md) is the
 way in. In a class each hook is a method, with `self` before the arguments shown here.
 """
 

@@ -31,7 +31,7 @@ pilotfish applies, not the plugin:
 """
 
 ELSE = """\
-## A model and a command
+## Models and commands
 
 Packages may also bring models, for `--model` and `pilotfish.load`, and commands of their own:
 """

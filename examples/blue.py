@@ -10,10 +10,10 @@ fire; at 2 nothing else counts, and the fire turns pink and white.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
 from torch import Tensor
 
 import pilotfish
-from pilotfish.runs.pictures import save, strip
 
 SCALES = (0, 0.5, 1, 1.5, 2)
 
@@ -38,7 +38,8 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         for plugin in result.trace.plugins:
             losses = result.trace.losses(plugin)
             print(f"scale {scale}: loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-    return save(strip(pictures, [f"scale {scale}" for scale in SCALES]), f"{out}/blue.png")
+    picture = view.strip(pictures, [f"scale {scale}" for scale in SCALES])
+    return pilotfish.save_picture(picture, f"{out}/blue.png")
 
 
 if __name__ == "__main__":

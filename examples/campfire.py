@@ -9,8 +9,9 @@ its world takes the colours asked for.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish.runs.pictures import save, strip
 
 PROMPT = "a campfire on a black background"
 PICTURES = {
@@ -34,12 +35,13 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         for name, plugins in PICTURES.items()
     }
     for name, result in results.items():
-        print(save(result.images[0], f"{out}/{name}.png"))
+        print(pilotfish.save_picture(result.images[0], f"{out}/{name}.png"))
         for plugin in result.trace.plugins:
             losses = result.trace.losses(plugin)
             print(f"  {plugin}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     pictures = [result.images[0] for result in results.values()]
-    return save(strip(pictures, ["plain", "blue", "palette #035 #fa0"]), f"{out}/strip.png")
+    picture = view.strip(pictures, ["plain", "blue", "palette #035 #fa0"])
+    return pilotfish.save_picture(picture, f"{out}/strip.png")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 TEXTS = ("a cat", "a frog", "an owl")
 COLUMNS = {"unguided": None, "cheap: gradient at x0": "x0", "through the UNet": "latents"}
@@ -31,7 +31,8 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         uses = [[{**guide, "gradient": end}] if end else [] for end in COLUMNS.values()]
         results = [sampler(plugins=use, steps=steps, seed=seed, **run) for use in uses]
         rows.append([result.images[0] for result in results])
-    return save(view.table(rows, columns=[*COLUMNS], rows=TEXTS), f"{out}/clip_guidance.png")
+    picture = view.table(rows, columns=[*COLUMNS], rows=TEXTS)
+    return pilotfish.save_picture(picture, f"{out}/clip_guidance.png")
 
 
 if __name__ == "__main__":

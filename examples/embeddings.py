@@ -12,13 +12,12 @@ import io
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 
 class Listen(pilotfish.Plugin):
@@ -53,7 +52,7 @@ def main(
         axes.set_xticks(range(tokens.used), ["start", *words, "end"])
     figure.suptitle(f"{prompts[0]}: {word} -> {other}")
     figure.savefig(file := io.BytesIO(), dpi=90)
-    return save(Image.open(file), f"{out}/embeddings.png")
+    return pilotfish.save_picture(Image.open(file), f"{out}/embeddings.png")
 
 
 if __name__ == "__main__":

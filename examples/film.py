@@ -10,8 +10,9 @@ Guides look at the right side; that is why they can steer a picture that is not 
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
 
 
 def main(model: str | None = None, *, out: str = "out", steps: int = 12, seed: int = 32) -> Path:

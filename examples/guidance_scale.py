@@ -10,9 +10,9 @@ colours burn out and the picture falls apart.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:
@@ -24,7 +24,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         y=f"seed={seed},{seed + 1}",
         steps=steps,
     )
-    return save(grid.picture(), f"{out}/guidance_scale.png")
+    return pilotfish.save_picture(grid.picture(), f"{out}/guidance_scale.png")
 
 
 if __name__ == "__main__":

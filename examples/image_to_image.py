@@ -11,10 +11,10 @@ drawing is left.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
 from PIL import Image, ImageDraw
 
 import pilotfish
-from pilotfish.runs.pictures import save, strip
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -32,7 +32,7 @@ def drawing() -> Image.Image:
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 1) -> Path:
     """Make the picture; returns where it is."""
     sampler = pilotfish.load(model)
-    file = save(drawing(), f"{out}/drawing.png")
+    file = pilotfish.save_picture(drawing(), f"{out}/drawing.png")
     pictures, labels = [drawing()], ["the drawing"]
     for strength in STRENGTHS:
         result = sampler(
@@ -44,7 +44,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         )
         pictures += result.images
         labels.append(f"strength {strength}")
-    return save(strip(pictures, labels), f"{out}/image_to_image.png")
+    return pilotfish.save_picture(view.strip(pictures, labels), f"{out}/image_to_image.png")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pilotfish_view as view
 import torch
 
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save, to_pil
 
 
 def bare_loop(
@@ -49,10 +48,12 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
     ours = [*(step.latents for step in stream), stream.result().latents]
     print(f"equal to the bit: {all(map(torch.equal, bare, ours))}")
     shown = [round(part * (len(ours) - 1)) for part in (0, 0.4, 0.6, 0.8, 1)]
-    rows = [[to_pil(sampler.model.decode(run[i]))[0] for i in shown] for run in (bare, ours)]
+    rows = [
+        [pilotfish.to_pil(sampler.model.decode(run[i]))[0] for i in shown] for run in (bare, ours)
+    ]
     labels = [f"after {i} steps" for i in shown]
     picture = view.table(rows, columns=labels, rows=["the bare loop", "pilotfish"])
-    return save(picture, f"{out}/loop.png")
+    return pilotfish.save_picture(picture, f"{out}/loop.png")
 
 
 if __name__ == "__main__":

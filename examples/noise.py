@@ -12,9 +12,9 @@ import math
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save, to_pil
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # part of the way to pure noise
 
@@ -23,18 +23,18 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
     """Make the picture; returns where it is."""
     sampler, prompt = pilotfish.load(model), "a parrot on a teal background"
     run = {"steps": steps, "guidance_scale": 4, "seed": seed}
-    clean = save(sampler(prompt, **run).images[0], f"{out}/parrot.png")
+    clean = pilotfish.save_picture(sampler(prompt, **run).images[0], f"{out}/parrot.png")
     noisy, looks, labels = [], [], []
     for level in LEVELS:
         img2img = f"img2img:image={clean},start_step={steps - math.ceil(level * steps)}"
         step = next(sampler.stream(prompt, plugins=[img2img], **run))
         # With both at once, latents are of one size in every scheduler's coordinates.
         latents = step.latents / math.hypot(step.alpha, step.sigma)
-        noisy += to_pil(sampler.model.decode(latents))
-        looks += to_pil(step.image)
+        noisy += pilotfish.to_pil(sampler.model.decode(latents))
+        looks += pilotfish.to_pil(step.image)
         labels.append(f"timestep {int(step.timestep)}")
     picture = view.table([noisy, looks], columns=labels, rows=["with noise", "one look"])
-    return save(picture, f"{out}/noise.png")
+    return pilotfish.save_picture(picture, f"{out}/noise.png")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ them, and its owl is another one.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save, to_pil
 
 RULES: dict[str, list[object]] = {
     "no optimiser: DDIM": [],
@@ -29,7 +29,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
     sampler, rows, labels = pilotfish.load(model), [], []
     for name, plugins in RULES.items():
         looks = [
-            to_pil(step.image)[0]
+            pilotfish.to_pil(step.image)[0]
             for step in sampler.stream(
                 "an owl on a yellow background",
                 plugins=plugins,
@@ -42,7 +42,8 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         rows.append([looks[min(calls, len(looks)) - 1] for calls in CALLS])
         labels.append(f"{name}\ndone after {len(looks)}")
     columns = [f"call {calls}" for calls in CALLS]
-    return save(view.table(rows, columns=columns, rows=labels), f"{out}/optimize.png")
+    picture = view.table(rows, columns=columns, rows=labels)
+    return pilotfish.save_picture(picture, f"{out}/optimize.png")
 
 
 if __name__ == "__main__":

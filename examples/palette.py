@@ -10,11 +10,10 @@ tiger stays a little orange nevertheless, because its prompt pulls too.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
 from PIL import Image
 
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 PALETTES = (
     ("#003355", "#ffaa00"),
@@ -43,7 +42,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         rows.append([sampler(prompt, plugins=use, **run).images[0] for use in uses])
     side = rows[0][0].width
     swatches = [None, *(swatch(colors, side) for colors in PALETTES)]
-    return save(view.table([*rows, swatches]), f"{out}/palette.png")
+    return pilotfish.save_picture(view.table([*rows, swatches]), f"{out}/palette.png")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 WEIGHTS = (0.0, 0.4, 0.5, 0.6, 1.0)
 
@@ -39,7 +39,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         rows.append([result.images[0] for result in results])
     columns = [*(f"{weight:.0%} second" for weight in WEIGHTS), "0% to 100% during the run"]
     picture = view.table(rows, columns=columns, rows=["puppy and skunk", "mouse and leopard"])
-    return save(picture, f"{out}/prompt_blend.png")
+    return pilotfish.save_picture(picture, f"{out}/prompt_blend.png")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ import math
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
 from matplotlib.figure import Figure
 from PIL import Image
 
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 NAMES = {"euler": "Euler", "heun": "Heun", "lms": "LMS", "dpmsolver-multistep": "DPM-Solver++"}
 
@@ -53,7 +52,8 @@ def main(
     axes.legend()
     axes.figure.savefig(file := io.BytesIO(), dpi=100)
     pictures = view.table(rows, columns=[f"{n} steps" for n in steps], rows=[*NAMES.values()])
-    return save(view.table([[pictures], [Image.open(file)]]), f"{out}/schedulers.png")
+    picture = view.table([[pictures], [Image.open(file)]])
+    return pilotfish.save_picture(picture, f"{out}/schedulers.png")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ them all.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish.runs.pictures import save, strip
 
 STACK = (
     {"use": "token-blend", "word": "puppy", "mix": {"skunk": 0.45}},
@@ -35,7 +36,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         )
         pictures += result.images
     labels = ["plain", *(f"+ {table['use']}" for table in STACK)]
-    return save(strip(pictures, labels), f"{out}/stack.png")
+    return pilotfish.save_picture(view.strip(pictures, labels), f"{out}/stack.png")
 
 
 if __name__ == "__main__":

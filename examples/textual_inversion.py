@@ -12,11 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pilotfish_view as view
 from pilotfish_textual_inversion import Plan, train
 
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 PROMPTS = (
     "a {} on a pink background",
@@ -48,7 +47,7 @@ def main(
         concept = {"use": "concept", "file": word}
         after = [sampler(p.format("<pet>"), plugins=[concept], **run).images[0] for p in PROMPTS]
     picture = view.table([shown.images, before, after], rows=["the pictures", "cat", "<pet>"])
-    return save(picture, f"{out}/textual_inversion.png")
+    return pilotfish.save_picture(picture, f"{out}/textual_inversion.png")
 
 
 if __name__ == "__main__":

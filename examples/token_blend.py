@@ -11,9 +11,9 @@ and 65 %.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 PAIRS = (("puppy", "skunk"), ("mouse", "leopard"))
 WEIGHTS = (0.0, 0.35, 0.45, 0.5, 0.55, 0.65, 1.0)
@@ -37,7 +37,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         rows.append([result.images[0] for result in results])
     columns = [f"{weight:.0%} second" for weight in WEIGHTS]
     picture = view.table(rows, columns=columns, rows=[f"{a} to {b}" for a, b in PAIRS])
-    return save(picture, f"{out}/token_blend.png")
+    return pilotfish.save_picture(picture, f"{out}/token_blend.png")
 
 
 if __name__ == "__main__":

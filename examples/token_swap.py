@@ -10,9 +10,9 @@ are equal, pixel for pixel: to the network a word is its vector.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 PAIRS = (("puppy", "cat"), ("campfire", "castle"))
 
@@ -32,7 +32,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
         rows.append([result.images[0] for result in results])
     columns = ["the prompt", "the second word's embedding in it", "the second word's own prompt"]
     picture = view.table(rows, columns=columns, rows=[f"{a} -> {b}" for a, b in PAIRS])
-    return save(picture, f"{out}/token_swap.png")
+    return pilotfish.save_picture(picture, f"{out}/token_swap.png")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ can work there.
 import sys
 from pathlib import Path
 
+import pilotfish_view as view
+
 import pilotfish
-from pilotfish import view
-from pilotfish.runs.pictures import save
 
 
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:
@@ -22,7 +22,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
     parrot = sampler(prompt, steps=steps, guidance_scale=4, seed=seed).images[0]
     trip = view.roundtrip(sampler, parrot)
     rows = [[trip.picture()], [view.channels(trip.latents)]]
-    return save(view.table(rows), f"{out}/vae.png")
+    return pilotfish.save_picture(view.table(rows), f"{out}/vae.png")
 
 
 if __name__ == "__main__":

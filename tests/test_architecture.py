@@ -52,12 +52,6 @@ ALLOWED = {
         *("step", "text", "trace"),
     },
     "change": {"plugin", "presets", "registry", "run", "stack"},
-    "view/layout": set(),
-    "view/film": {"images", "layout"},
-    "view/grid": {"change", "layout", "registry", "run", "sampler"},
-    "view/latents": {"images", "layout"},
-    "view/schedule": {"layout", "noise"},
-    "view/tokens": {"layout", "text"},
     "sampler": {"images", "loop", "run", "stack", "step", "trace"},
     "exact": {"noise", "schedulers", "text"},
     "conformance/leftovers": set(),
@@ -113,9 +107,7 @@ def test_only_the_model_and_the_test_kit_import_diffusers_or_transformers():
 
 def test_every_core_module_has_its_place_and_its_size():
     modules = {str(p.relative_to(CORE).with_suffix("")) for p in CORE.rglob("*.py")}
-    entrances = {"__init__", "conformance/__init__", "view/__init__"} | {
-        m for m in modules if m.startswith("cli/")
-    }
+    entrances = {"__init__", "conformance/__init__"} | {m for m in modules if m.startswith("cli/")}
     assert modules - entrances == set(ALLOWED)
     for module in modules:
         assert len((CORE / f"{module}.py").read_text().splitlines()) <= 350, module

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pilotfish.models.checkpointing import checkpointed, parts
-from pilotfish.models.stable_diffusion import diffusers
-from pilotfish.models.text import Conditioning
+from pilotfish.models.protocol import Conditioning
+from pilotfish.models.schedulers import diffusers
 
 
 @pytest.fixture(scope="module")

@@ -240,11 +240,11 @@ def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
         ("--guidance-scale nan", "guidance_scale must be a finite number"),
         ("--run nothing.toml", "cannot read the run file nothing.toml"),
         ("-s step=3", "no key called 'step'. Did you mean 'steps'?"),
-        ("-s steps", "--set takes KEY=VALUE"),
+        ("-s steps", "a change is KEY=VALUE, such as steps=20; got 'steps'"),
         ("-s rhoo=2", "no key called 'rhoo'. Did you mean 'rho'?"),
         ("--preset tfg -s rho=-2", "preset 'tfg': rho must be greater than or equal to 0; got"),
         ("-s steps=many", "steps must be a whole number >= 1; got 'many'"),
-        ("-s plugins.scale=3", "--set takes plugins.NAME.SETTING=VALUE"),
+        ("-s plugins.scale=3", "a change is plugins.NAME.SETTING=VALUE; got"),
         ("--use ./my_loss.py:Warmth -s plugins.warm.scale=3", "Did you mean 'Warmth'?"),
         ("--model ./nothing", "no model folder ./nothing"),
         ("--decoder tny", "decoder must be vae, linear, tiny (the tiny_vae/ of the model's"),
@@ -277,7 +277,7 @@ def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("genrate", "Did you mean 'generate'? Available: doctor, generate, grid, plugins"),
+        ("genrate", "Did you mean 'generate'? Available: "),
         ("plugins shwo", "Did you mean 'show'? Available: check, list, new, show"),
         ("generate --stpes 3", "--steps"),
         ("generate --size 512", "expected WIDTHxHEIGHT such as 512x512; got '512'"),
@@ -544,6 +544,32 @@ def test_no_package_can_take_the_place_of_an_own_command(
     rows = [line.split()[0] for line in call("--help").stdout.splitlines() if line]
     assert rows.count("doctor") == 1
     assert "versions, devices" in call("doctor", "--help").stdout
+
+
+@pytest.mark.parametrize("command", ["grid", "grid --help", "view tokens cat"])
+def test_a_command_of_a_package_that_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    install(monkeypatch)
+    done = call(*command.split())
+    name = command.split()[0]
+    sentence = f"the command '{name}' comes with pilotfish-view: pip install pilotfish-view"
+    assert (done.exit_code, done.stderr) == (1, f"error: {sentence}\n")
+    assert f"\n  {name} " not in call("--help").stdout
+
+
+def test_a_command_that_is_hidden_says_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PILOTFISH_PLUGINS", "blue")
+    assert "PILOTFISH_PLUGINS=blue hides what it does not name" in call("grid").stderr
+
+
+def test_a_film_without_its_package_says_what_to_install_before_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pilotfish_view", None)
+    done = call("generate", "a cat", "--model", "./nothing", "--film", "cat.gif")
+    sentence = "the option '--film' comes with pilotfish-view: pip install pilotfish-view"
+    assert (done.exit_code, done.stderr) == (1, f"error: {sentence}\n")
 
 
 def test_a_mistyped_command_is_told_the_installed_ones_too(

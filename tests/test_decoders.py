@@ -7,7 +7,7 @@ import torch
 
 import pilotfish
 from pilotfish import Guide, InputError, ModelError, Plugin, Run, Sampler
-from pilotfish.models.stable_diffusion import diffusers
+from pilotfish.models.schedulers import diffusers
 from pilotfish.testing import GaussianModel, random_pipeline
 
 TINY = {

@@ -10,7 +10,7 @@ from pilotfish_emoji import judge as judges
 import pilotfish
 from pilotfish import Sampler
 from pilotfish.hooks.registry import resolve
-from pilotfish.models.stable_diffusion import diffusers  # with torchvision mended first
+from pilotfish.models.schedulers import diffusers  # with torchvision mended first
 
 pytestmark = pytest.mark.slow
 

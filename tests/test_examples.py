@@ -73,7 +73,7 @@ def cells(picture, rows, columns):
 
 
 def in_strip(picture):
-    """The pictures of an `images.strip` of squares."""
+    """The pictures of a `view.strip` of squares."""
     values = np.asarray(picture, float)
     return [values[16:272, left : left + 256] for left in range(16, values.shape[1] - 16, 272)]
 

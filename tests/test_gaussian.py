@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, Sampler
-from pilotfish.guidance.noise import noise_level
+from pilotfish.sampling.schedule import noise_level
 from pilotfish.testing import GaussianModel
 
 STD = 0.7  # of the data, in every coordinate

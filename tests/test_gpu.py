@@ -130,7 +130,7 @@ def test_half_precision_is_guided_and_stays_finite(
 
 @cuda_only
 def test_checkpointing_lowers_the_peak_of_memory(device):
-    from pilotfish.models.stable_diffusion import diffusers
+    from pilotfish.models.schedulers import diffusers
 
     pipeline = random_pipeline().to(device)
     with torch.device(device):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, Sampler
-from pilotfish.guidance.gradients import Leaves, Pull, Trunk, leaf_gradients
+from pilotfish.guidance.gradients import Leaves, Pull, SharedGraph, leaf_gradients
 from pilotfish.guidance.moves import CLEAN, Place, combine, prompt_pull
 from pilotfish.guidance.noise import NoiseLevel
 
@@ -56,7 +56,7 @@ def step_of(losses, end, preset, model, batch=2, scales=None):
     latents = torch.randn(batch, 4, 5, 3, generator=generator(), dtype=torch.float64)
     with torch.enable_grad():
         leaf = latents.clone().requires_grad_()
-        trunk = Trunk(model.predict(leaf), model.decode, model.rgb, leaf)
+        trunk = SharedGraph(model.predict(leaf), model.decode, model.rgb, leaf)
         pulls = []
         for i, loss in enumerate(losses):
             leaves = Leaves(trunk)
@@ -64,12 +64,13 @@ def step_of(losses, end, preset, model, batch=2, scales=None):
             scale = 1.0 if scales is None else scales[i]
             gradients = leaf_gradients(value, leaves, batch)
             pulls.append(Pull(str(i), scale, (end,), value.detach(), gradients))
-    return combine([trunk], pulls, preset, place_of(batch)), pulls, latents
+    move = combine([trunk], pulls, preset, place_of(batch))
+    return move.value, move.shares, latents
 
 
 def place_of(batch):
     """Where the prompt pulls x0 by PULL."""
-    pull = torch.full((batch, 1, 1, 1), PULL * LEVEL.alpha / LEVEL.sigma, dtype=torch.float64)
+    pull = torch.full((batch, 1, 1, 1), PULL, dtype=torch.float64)
     return Place(LEVEL, FOLLOWING, pull)
 
 
@@ -151,17 +152,17 @@ def test_under_rms_scale_one_moves_as_far_as_the_prompt_pulls(loss, end):
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_two_opposed_guides_of_equal_scale_cancel(preset):
-    move, pulls, _ = step_of([LOSSES[0]] * 2, "x0", preset, Linear64(), scales=[1.0, -1.0])
+    move, shares, _ = step_of([LOSSES[0]] * 2, "x0", preset, Linear64(), scales=[1.0, -1.0])
     assert move.abs().max() < 1e-12
-    assert all(p.share.isfinite().all() for p in pulls)
+    assert shares.isfinite().all()
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_shares_add_up_to_one_and_follow_the_scales(preset):
-    _, pulls, _ = step_of([LOSSES[0]] * 2, "x0", preset, Linear64(), scales=[3.0, 1.0])
+    _, shares, _ = step_of([LOSSES[0]] * 2, "x0", preset, Linear64(), scales=[3.0, 1.0])
     expected = torch.tensor([0.75, 0.75], dtype=torch.float64)
-    torch.testing.assert_close(pulls[0].share, expected)
-    torch.testing.assert_close(pulls[0].share + pulls[1].share, torch.ones_like(expected))
+    torch.testing.assert_close(shares[0], expected)
+    torch.testing.assert_close(shares[0] + shares[1], torch.ones_like(expected))
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
@@ -178,13 +179,13 @@ def test_guides_with_both_gradient_ends_add_up(preset):
     latents = torch.randn(2, 4, 5, 3, generator=generator(), dtype=torch.float64)
     with torch.enable_grad():
         leaf = latents.requires_grad_()
-        trunk = Trunk(model.predict(leaf), model.decode, model.rgb, leaf)
+        trunk = SharedGraph(model.predict(leaf), model.decode, model.rgb, leaf)
         pulls = []
         for loss, end in ((LOSSES[0], "x0"), (LOSSES[1], "latents")):
             leaves = Leaves(trunk)
             value = loss(leaves)
             pulls.append(Pull("g", 1.0, (end,), value.detach(), leaf_gradients(value, leaves, 2)))
-    both = combine([trunk], pulls, preset, place_of(2))
+    both = combine([trunk], pulls, preset, place_of(2)).value
     torch.testing.assert_close(both, a + b)
 
 
@@ -197,12 +198,12 @@ def test_tiny_gradients_survive_a_half_precision_trunk(dtype):
         return torch.einsum("bchw,rc->brhw", x0.to(dtype), weight.to(dtype)).float()
 
     def pulled(size, decode):
-        trunk = Trunk(torch.ones(2, 4, 3, 3), decode, decode)
+        trunk = SharedGraph(torch.ones(2, 4, 3, 3), decode, decode)
         leaves = Leaves(trunk)
         loss = size * leaves("image").sum(dim=(1, 2, 3)) * torch.tensor([1.0, 1e-4])
         pull = Pull("g", 1.0, ("x0",), loss.detach(), leaf_gradients(loss, leaves, 2))
         place = Place(LEVEL, CLEAN, torch.ones(2, 1, 1, 1))
-        return combine([trunk], [pull], PRESETS["deep-dive"], place)
+        return combine([trunk], [pull], PRESETS["deep-dive"], place).value
 
     with torch.enable_grad():
         tiny, usual = pulled(1e-7, decode), pulled(1.0, decode)

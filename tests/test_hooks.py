@@ -172,18 +172,24 @@ def test_combine_predictions_replaces_classifier_free_guidance(sampler, latents_
     torch.testing.assert_close(latents_of(Unguided()), off, rtol=1e-4, atol=1e-4)
 
 
-def test_the_first_answer_wins(latents_of):
+def test_combining_is_a_chain_that_begins_with_classifier_free_guidance(latents_of):
+    class Halved(Plugin):
+        def combine_predictions(self, prediction, cond, uncond, step):
+            guided = uncond + step.run.guidance_scale * (cond - uncond)
+            assert torch.equal(prediction, guided)
+            return prediction / 2
+
+    class Doubled(Plugin):
+        def combine_predictions(self, prediction):
+            return prediction * 2
+
     class Cond(Plugin):
         def combine_predictions(self, cond):
             return cond
 
-    class Uncond(Plugin):
-        def combine_predictions(self, uncond):
-            return uncond
-
-    assert torch.equal(latents_of(Cond(), Uncond()), latents_of(Cond()))
-    assert torch.equal(latents_of(Uncond(), Cond()), latents_of(Uncond()))
-    assert not torch.equal(latents_of(Uncond()), latents_of(Cond()))
+    assert torch.equal(latents_of(Halved(), Doubled()), latents_of())
+    assert torch.equal(latents_of(Doubled(), Cond()), latents_of(Cond()))
+    assert not torch.equal(latents_of(Cond(), Doubled()), latents_of(Cond()))
 
 
 def test_on_predicted_x0_steers_the_scheduler(sampler):
@@ -331,7 +337,7 @@ def test_every_hook_is_documented_and_has_a_kind():
     hooks = {n: f for n, f in vars(hookspecs).items() if hasattr(f, "pilotfish_spec")}
     assert set(hooks) == set(hookspecs.KINDS)
     for name, function in hooks.items():
-        kind = hookspecs.KINDS[name].capitalize()
+        kind = "Once" if name == "setup" else hookspecs.KINDS[name].capitalize()
         assert inspect.getdoc(function).startswith(kind), name
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pilotfish import Guide, InputError, Run
-from pilotfish.runs.pictures import KEY, read_run, save
+from pilotfish.runs.pictures import KEY, read_run, save_picture
 
 
 def png(path, *texts, size=(8, 8), pixels=b""):
@@ -36,7 +36,7 @@ def itxt(text, compressed=False):
 def test_a_picture_holds_its_run_word_for_word_and_its_pixels_stay(tmp_path):
     picture = Image.effect_noise((9, 7), 40).convert("RGB")
     run = Run(prompt="a 'red' cat, \"été\"\n日本", seed=3).to_toml()
-    path = save(picture, tmp_path / "cat.png", run)
+    path = save_picture(picture, tmp_path / "cat.png", run)
     assert read_run(path) == run
     with Image.open(path) as again:
         assert again.tobytes() == picture.tobytes()
@@ -53,11 +53,11 @@ def test_a_run_is_read_from_a_png_of_any_mode(tmp_path, mode):
 def test_other_formats_hold_no_run_and_say_so(tmp_path):
     picture = Image.new("RGB", (5, 5))
     for ending in ("jpg", "webp"):
-        path = save(picture, tmp_path / f"cat.{ending}", "steps = 3")
+        path = save_picture(picture, tmp_path / f"cat.{ending}", "steps = 3")
         with pytest.raises(InputError, match=f"cat.{ending}, expected a PNG picture"):
             read_run(path)
     with pytest.raises(InputError, match="holds no run: only a PNG that pilotfish saved"):
-        read_run(save(picture, tmp_path / "cat.png"))
+        read_run(save_picture(picture, tmp_path / "cat.png"))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,9 @@ def test_a_file_that_is_too_much_or_too_little_is_refused_in_no_time(tmp_path, m
 
 
 def test_a_picture_cut_off_in_its_pixels_still_holds_its_run(tmp_path):
-    whole = save(Image.effect_noise((64, 64), 40), tmp_path / "cat.png", "steps = 3").read_bytes()
+    whole = save_picture(
+        Image.effect_noise((64, 64), 40), tmp_path / "cat.png", "steps = 3"
+    ).read_bytes()
     (tmp_path / "cat.png").write_bytes(whole[: len(whole) // 2])
     assert read_run(tmp_path / "cat.png") == "steps = 3"
 
@@ -106,7 +108,7 @@ def mutated(data, picks):
 
 def test_no_mutation_of_a_picture_gets_past_our_own_errors(tmp_path):
     path, picks = tmp_path / "a.png", random.Random(0)
-    whole, whole_runs = save(Image.new("RGB", (8, 8)), path, "steps = 3").read_bytes(), 0
+    whole, whole_runs = save_picture(Image.new("RGB", (8, 8)), path, "steps = 3").read_bytes(), 0
     for _ in range(400):
         path.write_bytes(mutated(whole, picks))
         with contextlib.suppress(InputError):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 
-from pilotfish.guidance.noise import NoiseLevel, noise_level
+from pilotfish.guidance.noise import NoiseLevel
 from pilotfish.models.schedulers import available
+from pilotfish.sampling.schedule import noise_level
 
 SCHEDULERS = {n: c for n, c in available().items() if n != "edm-euler"}
 TYPES = ["epsilon", "v_prediction", "sample"]

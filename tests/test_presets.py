@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, InputError, Plugin, Preset, Sampler, draw
-from pilotfish.guidance.noise import noise_level
 from pilotfish.guidance.presets import find_preset
-from pilotfish.models.text import Conditioning
+from pilotfish.models.protocol import Conditioning
 from pilotfish.sampling.generators import seeded
 from pilotfish.sampling.guides import RECURRENCE, SAMPLES
+from pilotfish.sampling.schedule import noise_level
 from pilotfish.testing import GaussianModel
 
 INDEX, STEPS, W, SCALE = 4, 10, 3.0, 0.7  # the step that is guided, inside every preset's window
@@ -20,13 +20,13 @@ INDEX, STEPS, W, SCALE = 4, 10, 3.0, 0.7  # the step that is guided, inside ever
 class Smooth(GaussianModel):
     """A network that is not linear in the latents, and another one for the negative prompt."""
 
-    def condition(self, embeddings):
+    def condition(self, embeddings, role, run):
         self.asked = not getattr(self, "asked", False)  # the prompt, then the negative prompt
-        return Conditioning(torch.full((1, 1, 1), float(self.asked), dtype=self.dtype))
+        return Conditioning({"values": torch.full((1, 1, 1), float(self.asked)).double()})
 
     def predict(self, latents, timestep, conditioning):
         eps = super().predict(latents, timestep, conditioning)
-        role = conditioning.values.view(-1, 1, 1, 1)
+        role = conditioning["values"].view(-1, 1, 1, 1)
         return eps + 0.1 * torch.sin(2 * latents + role) + 0.05 * role * latents.flip(1)
 
 
@@ -51,13 +51,14 @@ class Step:
         level, after = (noise_level(self.model.scheduler, INDEX + i) for i in (0, 1))
         self.level, self.following = level, after
         self.a, self.b = level.alpha**2, after.alpha**2  # abar, where latents are VP
-        self.conditioning = self.model.condition([]).cat(self.model.condition([]))
-        self.conditioning = Conditioning(torch.tensor([0.0, 1.0]).double().view(2, 1, 1))
+        self.conditioning = Conditioning(
+            {"values": torch.tensor([0.0, 1.0]).double().view(2, 1, 1)}
+        )
 
     def predictions(self, x):
-        values = self.conditioning.values.repeat_interleave(len(x), 0)
+        values = self.conditioning["values"].repeat_interleave(len(x), 0)
         scaled = torch.cat([x, x]) / self.level.norm  # as the scheduler's scale_model_input
-        return self.model.predict(scaled, self.timestep, Conditioning(values)).chunk(2)
+        return self.model.predict(scaled, self.timestep, Conditioning({"values": values})).chunk(2)
 
     def eps(self, x):
         uncond, cond = self.predictions(x)
@@ -264,7 +265,7 @@ def test_a_plugin_that_takes_the_step_itself_is_refused_by_dsg(sampler):
 
 
 def test_a_scheduler_without_noise_is_refused_by_dsg(sampler):
-    with pytest.raises(InputError, match="'dsg' turns the noise .* DDIMScheduler adds none"):
+    with pytest.raises(InputError, match="'sphere' turns the noise .* DDIMScheduler adds none"):
         sampler("a cat", plugins=[Curved()], preset="dsg", scheduler="ddim", steps=4)
 
 

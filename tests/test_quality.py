@@ -121,9 +121,9 @@ def test_a_batch_is_kept_and_its_calls_of_the_network_are_counted(curves, tmp_pa
 
 
 def test_fresh_pictures_are_as_good_as_can_be_and_noise_is_not(curves, monkeypatch):
+    from emoji_training.world import render
     from pilotfish_emoji import FOLDER
     from pilotfish_emoji.names import COLORS, GLYPHS, OBJECTS
-    from pilotfish_emoji.world import render
 
     monkeypatch.setattr(curves.scores, "FRESH", 128)
     random = Random(5)

@@ -70,16 +70,16 @@ def test_soft_edges_fade_over_the_edge_and_not_at_the_pictures_own_border():
 
     hard, soft = profile(0.0), profile(0.2)
     assert hard.unique().tolist() == [0, 1]
-    assert soft[0] > 1 - 1e-6 and soft[-1] < 1e-6 and soft[31:33].mean() == pytest.approx(0.5)
+    assert soft[0] == 1 and soft[-1] == 0 and soft[31:33].mean() == pytest.approx(0.5)
     assert (soft.diff() <= 0).all()
     assert 6 < ((soft > 0.02) & (soft < 0.98)).sum() < 30
 
 
 def gaussian(values, deviation):
-    """A line (n,) blurred the slow way: the line's ends go on, a sum over fine pieces."""
+    """A line (n,) blurred the slow way, to three deviations: its ends go on, in fine pieces."""
     fine = 50
     many = np.repeat(values, fine)
-    reach = int(6 * deviation * fine)
+    reach = round(3 * deviation * fine)
     padded = np.pad(many, reach, mode="edge")
     bell = np.exp(-((np.arange(-reach, reach + 1) / fine / deviation) ** 2) / 2)
     return np.convolve(padded, bell / bell.sum(), mode="valid").reshape(-1, fine).mean(axis=1)
@@ -96,6 +96,12 @@ def test_a_soft_edge_is_a_gaussian_of_half_its_width_in_both_directions():
     box[2:4, 3:] = 1
     drawn = Region("a guide", torch.from_numpy(box)[None, None], 0.3).of((6, 9))
     torch.testing.assert_close(Region("a guide", (1 / 3, 1 / 3, 1, 2 / 3), 0.3).of((6, 9)), drawn)
+
+
+def test_far_from_its_soft_edge_a_mask_is_exactly_0_and_1():
+    line = Region("a guide", (0.0, 0.0, 0.5, 1.0), 0.1).of((100, 100))[0, 0, 0]
+    assert (line[:35] == 1).all() and (line[65:] == 0).all()  # three deviations are 15 cells
+    assert ((line[35:65] > 0) & (line[35:65] < 1)).all()
 
 
 @pytest.mark.parametrize("soft", [0.0, 0.05, 0.5])

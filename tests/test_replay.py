@@ -11,7 +11,7 @@ from PIL import Image
 from pilotfish import PilotfishError, Run
 from pilotfish.cli import main
 from pilotfish.cli.trust import asks
-from pilotfish.runs.pictures import read_run, save
+from pilotfish.runs.pictures import read_run, save_picture
 
 MY_LOSS = '''
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_what_a_strangers_picture_asks_for_is_shown_and_not_done(monkeypatch, tm
 
     monkeypatch.setattr("pilotfish.models.loading.load", never)
     monkeypatch.syspath_prepend(str(tmp_path))
-    save(Image.new("RGB", (8, 8)), "cat.png", run)
+    save_picture(Image.new("RGB", (8, 8)), "cat.png", run)
     done = call("replay", "cat.png")
     assert done.exit_code == 1 and words in done.stderr
     assert "`pilotfish replay cat.png --show`" in done.stderr and "--yes" in done.stderr

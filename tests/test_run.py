@@ -8,7 +8,8 @@ import torch
 from pilotfish import PRESETS, Guide, InputError, PilotfishError, PluginError, Run
 from pilotfish.guidance.presets import find_preset
 from pilotfish.hooks import registry
-from pilotfish.hooks.registry import Installed, parse_use, resolve
+from pilotfish.hooks.registry import Installed, resolve
+from pilotfish.hooks.use import parse_use
 
 WARMTH = '''
 from pilotfish import Guide, Setting

@@ -14,7 +14,7 @@ from pilotfish.guidance.gradients import (
     LONGER,
     Leaves,
     Pull,
-    Trunk,
+    SharedGraph,
     cosines,
     leaf_gradients,
     rms,
@@ -119,7 +119,7 @@ def decode(x0):
 def raised(combination, *active):
     """How much each of two losses rises, to first order, along the move that the active make."""
     x0 = torch.zeros(1, 2, 1, 1, dtype=torch.float64)
-    trunk, pulls = Trunk(x0, decode, decode), []
+    trunk, pulls = SharedGraph(x0, decode, decode), []
     losses = [lambda image: image[:, 0].mean((1, 2)), lambda image: -image[:, 1].mean((1, 2))]
     with torch.enable_grad():
         for loss, scale in zip(losses, (3.0, 1.0), strict=True):
@@ -130,7 +130,7 @@ def raised(combination, *active):
     assert cosines(pulls)[0, 0, 1] == 0  # in the picture, nothing shows
     preset = dataclasses.replace(PRESETS["balanced"], combine=combination)
     place = Place(LEVEL, FOLLOWING, torch.ones(1, 1, 1, 1, dtype=torch.float64))
-    image = decode(combine([trunk], [pulls[i] for i in active], preset, place))
+    image = decode(combine([trunk], [pulls[i] for i in active], preset, place).value)
     return [float(loss(image)) for loss in losses]
 
 
@@ -147,13 +147,13 @@ def move(preset, scale, end):
     start = torch.randn(2, 4, 5, 3, generator=generator, dtype=torch.float64)
     with torch.enable_grad():
         leaf = start.requires_grad_()
-        trunk = Trunk(torch.tanh(leaf) + 0.1 * leaf.square(), torch.sin, torch.sin, leaf)
+        trunk = SharedGraph(torch.tanh(leaf) + 0.1 * leaf.square(), torch.sin, torch.sin, leaf)
         leaves = Leaves(trunk)
         loss = leaves("image").square().mean(dim=(1, 2, 3))
         gradient = leaf_gradients(loss, leaves, 2)
-        pull = torch.full((2, 1, 1, 1), PULL * LEVEL.alpha / LEVEL.sigma, dtype=torch.float64)
+        pull = torch.full((2, 1, 1, 1), PULL, dtype=torch.float64)
         pulls = [Pull("guide", scale, (end,), loss.detach(), gradient)]
-        return combine([trunk], pulls, preset, Place(LEVEL, FOLLOWING, pull))
+        return combine([trunk], pulls, preset, Place(LEVEL, FOLLOWING, pull)).value
 
 
 @pytest.mark.parametrize("end", ["x0", "latents"])

@@ -1,14 +1,13 @@
 """Prompt -> embeddings, with words that exist for one run only."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from pilotfish import Plugin, PluginError
-from pilotfish.hooks.stack import Stack
-from pilotfish.models.text import embed, tokenize
+from pilotfish import InputError, Plugin, PluginError, Sampler
 
 INK = torch.randn(3, 16, generator=torch.Generator().manual_seed(9))
 
@@ -67,8 +66,6 @@ def test_an_added_word_equals_textual_inversion_in_diffusers(pipeline, sampler, 
 
 
 def test_words_of_a_pipelines_own_textual_inversions_are_kept(pipeline):
-    from pilotfish import Sampler
-
     theirs = copy.deepcopy(pipeline)
     theirs.load_textual_inversion({"<ink>": INK}, token="<ink>")
     run = {"num_inference_steps": 3, "output_type": "latent"}
@@ -106,11 +103,77 @@ def test_vectors_of_another_width_are_refused_with_both_widths(sampler):
 
 def test_a_word_is_placed_where_it_stands_and_the_end_token_stays_highest(sampler):
     encoder = sampler.model.text_encoders[0]
-    ids, tokens, added = tokenize(encoder, "a <ink> cat", {"<ink>": INK[:2]})
-    assert tokens[1:5] == ("a</w>", "<ink>", "<ink>_1", "cat</w>")
-    assert sorted(added) == [2, 3]
-    assert torch.equal(added[3], INK[1])
-    assert int(ids.argmax()) == 5  # "<|endoftext|>" right behind the words
+    tokens = encoder.with_words({"<ink>": INK[:2]}).tokenize("a <ink> cat")
+    assert tokens.pieces[1:5] == ("a</w>", "<ink>", "<ink>_1", "cat</w>")
+    assert sorted(tokens.added) == [2, 3]
+    assert torch.equal(tokens.added[3], INK[1])
+    assert int(tokens.ids.argmax()) == 5  # "<|endoftext|>" right behind the words
+
+
+def vectors_of(sampler, prompt, words):
+    """The vectors (n, D) that added words put into a prompt, and the other tokens, in order."""
+    tokens = sampler.model.text_encoders[0].with_words(words).tokenize(prompt)
+    end = tokens.pieces.index("<|endoftext|>")
+    return [tokens.added.get(at, tokens.pieces[at]) for at in range(1, end)]
+
+
+def vector(number, count=1):
+    return torch.full((count, 16), float(number))
+
+
+def test_a_word_that_looks_like_a_piece_of_another_one_is_itself(sampler):
+    """A word of two vectors <x> is shown as <x> and <x>_1; another file teaches <x>_1."""
+    for words in (
+        {"<x>": vector(1, 2), "<x>_1": vector(9)},
+        {"<x>_1": vector(9), "<x>": vector(1, 2)},
+    ):
+        found = vectors_of(sampler, "<x> cat <x>_1", words)
+        assert [v if isinstance(v, str) else v[0].item() for v in found] == [1, 1, "cat</w>", 9]
+
+
+@pytest.mark.parametrize("prompt", ["ink inkpot pot", "inkpot pot ink", "pot ink inkpot"])
+def test_words_that_begin_like_or_stand_inside_another_one_are_told_apart(sampler, prompt):
+    values = {"ink": 1, "inkpot": 2, "pot": 3}
+    for order in itertools.permutations(values):
+        words = {word: vector(values[word], 2) for word in order}
+        found = [v[0].item() for v in vectors_of(sampler, prompt, words)]
+        assert found == [values[word] for word in prompt.split() for _ in "12"]
+
+
+def test_a_word_inside_one_that_the_pipeline_has_loaded_leaves_it_whole(pipeline):
+    theirs = copy.deepcopy(pipeline)
+    theirs.load_textual_inversion({"<ink>": INK[:1]}, token="<ink>")
+    found = vectors_of(Sampler.from_pipeline(theirs), "a <ink> ink", {"ink": vector(7)})
+    assert [v if isinstance(v, str) else v[0].item() for v in found] == ["a</w>", "<ink>", 7]
+
+
+def test_words_count_in_both_prompts(sampler):
+    class Watch(Plugin):
+        def setup(self):
+            return []
+
+        def embedding_transform(self, embedding, state):
+            if embedding.stage == "token":
+                seen[embedding.role] = embedding.tokens[1:3]
+
+    seen = {}
+    run = {"plugins": [Word(), Watch()], "negative_prompt": "a <ink>", "steps": 1}
+    sampler("<ink> cat", **run)
+    assert seen == {"positive": ("<ink>", "cat</w>"), "negative": ("a</w>", "<ink>")}
+
+
+def test_text_that_is_no_utf_8_is_refused_before_the_first_step(sampler):
+    class Bad(Plugin):
+        def prompt_transform(self, prompt):
+            return prompt + "\udce9"
+
+    for run in ({"prompt": "caf\udce9"}, {"negative_prompt": "caf\udce9"}):
+        with pytest.raises(InputError, match=r"prompt must be text in UTF-8; got 'caf\\udce9'"):
+            sampler(**run, steps=1)
+    with pytest.raises(PluginError, match="'Bad': .*expected text in UTF-8"):
+        sampler("caf", plugins=[Bad()], steps=1)
+    with pytest.raises(InputError, match="word must be text in UTF-8"):
+        Word(word="<\udce9>")
 
 
 def test_a_prompt_that_is_too_long_warns_and_names_the_dropped_words(sampler):
@@ -154,10 +217,9 @@ def test_the_shared_encoder_has_no_hooks_left_after_an_error(sampler):
         def embedding_transform(self, embedding):
             raise RuntimeError("no")
 
-    encoder = sampler.model.text_encoders[0]
     with pytest.raises(PluginError):
-        embed(encoder, "a cat", "positive", Stack([Bad()]), None, {})
-    assert not encoder.network.get_input_embeddings()._forward_hooks
+        sampler("a cat", plugins=[Bad()], steps=1)
+    assert not sampler.model.text_encoder.get_input_embeddings()._forward_hooks
 
 
 def test_a_plugin_that_takes_the_step_changes_the_prompt_at_each_step(sampler):

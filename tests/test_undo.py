@@ -64,21 +64,23 @@ def test_a_run_leaves_nothing_behind(fail, gradient, thawed):
     assert after == before
 
 
-def test_networks_are_frozen_and_checkpointed_only_while_a_guide_needs_it(sampler):
-    seen = []
+def test_a_run_has_frozen_and_checkpointed_networks_of_its_own_over_the_same_weights(pipeline):
+    pipeline.unet.requires_grad_(True)
+    own, shared = [], list(pipeline.unet.parameters())
 
     class Watch(Guide):
         def loss_guidance(self, step):
-            unet = step.run.model.unet
-            seen.append((any(p.requires_grad for p in unet.parameters()), checkpointed(unet)))
+            own.append(step.run.model.denoiser)
             return step.x0.mean(dim=(1, 2, 3))
 
-    def checkpointed(network):
-        return any("forward" in vars(module) for module in network.modules())
-
-    for step in sampler.stream("a cat", plugins=[Watch()], steps=2, checkpointing="on", seed=0):
-        assert not checkpointed(step.run.model.unet)
-    assert seen == [(False, True)] * 2
+    sampler = Sampler.from_pipeline(pipeline)
+    sampler("a cat", plugins=[Watch()], steps=2, checkpointing="on", seed=0)
+    assert own[0] is own[1] and own[0] is not pipeline.unet
+    assert not any(p.requires_grad for p in own[0].parameters())
+    assert [p.data_ptr() for p in own[0].parameters()] == [p.data_ptr() for p in shared]
+    assert any("forward" in vars(module) for module in own[0].modules())
+    assert not any("forward" in vars(module) for module in pipeline.unet.modules())
+    assert all(p.requires_grad for p in shared)
 
 
 def test_a_run_after_an_aborted_one_equals_a_fresh_run(latents_of):

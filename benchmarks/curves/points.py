@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from emoji_training.world import caption, random_style
 from pilotfish_emoji import BACKGROUNDS, OBJECTS
-from pilotfish_emoji.world import caption, random_style
 
 from pilotfish import PRESETS, Preset
 from pilotfish.guidance import moves as rules

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from emoji_training.score import frechet_distance
+from emoji_training.world import COLORS, GLYPHS, pixels, random_style, render
 from pilotfish_emoji import BACKGROUNDS, OBJECTS, judge
-from pilotfish_emoji.score import frechet_distance
-from pilotfish_emoji.world import COLORS, GLYPHS, pixels, random_style, render
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

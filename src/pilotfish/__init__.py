@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    DefinitionError,
+    GuideWarning,
     InputError,
     ModelError,
     NonFiniteError,
@@ -18,15 +20,26 @@ from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
-    from . import view
     from .guidance.cutouts import cutouts
-    from .guidance.noise import at_least_float32
-    from .models.text import Embedding
+    from .guidance.noise import NoiseLevel, at_least_float32, draw
+    from .hooks.use import split_values
+    from .models.protocol import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.pictures import area_weights, pixels, read_picture, whole_file
+    from .runs.changes import changed
+    from .runs.pictures import (
+        area_weights,
+        check_folder,
+        check_writable,
+        is_finite,
+        pixels,
+        read_picture,
+        save_picture,
+        to_pil,
+        whole_file,
+    )
     from .runs.run import Run
-    from .sampling.generators import draw
     from .sampling.sampler import Result, Sampler, Stream
+    from .sampling.schedule import Schedule
     from .sampling.start import Start
     from .sampling.step import Step
     from .sampling.trace import Record, Trace
@@ -34,10 +47,13 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "Area",
+    "DefinitionError",
     "Embedding",
     "Guide",
+    "GuideWarning",
     "InputError",
     "ModelError",
+    "NoiseLevel",
     "NonFiniteError",
     "PilotfishError",
     "Plugin",
@@ -47,6 +63,7 @@ __all__ = [
     "Result",
     "Run",
     "Sampler",
+    "Schedule",
     "Setting",
     "SettingsError",
     "Start",
@@ -55,36 +72,51 @@ __all__ = [
     "Trace",
     "area_weights",
     "at_least_float32",
+    "changed",
+    "check_folder",
+    "check_writable",
     "cutouts",
     "draw",
     "guide",
     "hookimpl",
+    "is_finite",
     "load",
     "mend_torchvision",
     "pixels",
     "read_picture",
-    "view",
+    "save_picture",
+    "split_values",
+    "to_pil",
     "whole_file",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
 _LAZY = {
-    "Embedding": "models.text",
+    "Embedding": "models.protocol",
+    "NoiseLevel": "guidance.noise",
     "Record": "sampling.trace",
     "Result": "sampling.sampler",
     "Run": "runs.run",
     "Sampler": "sampling.sampler",
+    "Schedule": "sampling.schedule",
     "Start": "sampling.start",
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
     "area_weights": "runs.pictures",
-    "at_least_float32": "guidance.noise",
     "cutouts": "guidance.cutouts",
-    "draw": "sampling.generators",
+    "changed": "runs.changes",
+    "check_folder": "runs.pictures",
+    "check_writable": "runs.pictures",
+    "at_least_float32": "guidance.noise",
+    "draw": "guidance.noise",
+    "is_finite": "runs.pictures",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",
+    "save_picture": "runs.pictures",
+    "split_values": "hooks.use",
+    "to_pil": "runs.pictures",
     "whole_file": "runs.pictures",
 }
 
@@ -112,8 +144,6 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "view":
-        return import_module(".view", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'pilotfish' has no attribute {name!r}")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)

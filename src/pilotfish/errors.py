@@ -4,6 +4,7 @@ PilotfishError
 ├── InputError    (also a ValueError)    a value, a name or a file that the user gave is wrong
 │   └── SettingsError                    a plugin's settings are wrong
 ├── PluginError                          a plugin broke its contract; names plugin, hook and step
+│   └── DefinitionError (a TypeError)    a plugin's class is written wrong
 ├── ModelError                           the model cannot do what the run asks of it
 └── NonFiniteError                       the latents or the picture became NaN or infinite
 """
@@ -11,7 +12,8 @@ PilotfishError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class PilotfishError(Exception):
@@ -40,12 +42,64 @@ class PluginError(PilotfishError):
         self.hook = hook
 
 
+class DefinitionError(PluginError, TypeError):
+    """A plugin's class is written wrong; raised where it is defined."""
+
+
 class ModelError(PilotfishError):
     """The model cannot do what the run asks of it."""
 
 
 class NonFiniteError(PilotfishError):
     """The latents or the picture became NaN or infinite."""
+
+
+class GuideWarning(UserWarning):
+    """A guide did nothing in a run, or the opposite of what it is for."""
+
+
+def in_utf8(value: Any) -> Any:
+    """The value, if all text in it, in lists and mappings too, can be written as UTF-8.
+
+    Raises:
+        ValueError: it cannot: a terminal or a file in another encoding gave half of a character.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("text in UTF-8") from None
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            in_utf8(item)
+    elif isinstance(value, Mapping):
+        in_utf8([*value.keys(), *value.values()])
+    return value
+
+
+def explain(error: Any, fields: Mapping[str, Any], kind: str) -> str:
+    """A validation error of pydantic in sentences: what was expected, and what came.
+
+    Args:
+        fields: the model's, by name.
+        kind: what they are called: "setting".
+    """
+    return " ".join(_sentence(problem, fields, kind) for problem in error.errors())
+
+
+def _sentence(problem: Mapping[str, Any], fields: Mapping[str, Any], kind: str) -> str:
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, fields, n=1)
+        return f"no {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
+    if problem["type"] == "missing":
+        about = getattr(fields.get(name), "description", None)
+        return f"{name} must be given" + (f" ({about})." if about else ".")
+    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not name:
+        return f"{expected}."
+    expected = "text" if problem["type"] == "string_type" else expected
+    return f"{name} must be {expected}; got {repr(problem['input'])[:200]}."
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:

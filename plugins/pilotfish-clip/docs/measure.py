@@ -14,6 +14,7 @@ that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pilotfish_emoji import judge as judges
 from pilotfish_emoji.names import BACKGROUNDS, COLORS, GLYPHS
-from pilotfish_emoji.score import frechet_distance
-from pilotfish_emoji.world import pixels, random_style, render, sheet
 from torch import Tensor
 
 import pilotfish
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+from emoji_training.score import frechet_distance
+from emoji_training.world import pixels, random_style, render, sheet
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
 EACH, FRESH = 8, 64  # pictures of an object, and fresh ones to compare with

@@ -8,9 +8,11 @@ from functools import lru_cache
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from pilotfish_emoji import BACKGROUNDS, FOLDER, OBJECTS, STYLES, judge, score, world
-from pilotfish_emoji.export import sample
-from pilotfish_emoji.vae import encode
+from emoji_training import score, world
+from emoji_training.export import sample
+from emoji_training.judge import accuracies
+from emoji_training.vae import encode
+from pilotfish_emoji import BACKGROUNDS, FOLDER, OBJECTS, STYLES, judge
 
 needs_font = pytest.mark.skipif(
     not world.FONT.is_file(), reason="needs the font of fonts-noto-color-emoji"
@@ -88,7 +90,7 @@ def test_reconstructions_keep_the_picture() -> None:
 def test_the_judge_knows_fresh_renders() -> None:
     data = world.dataset(512, seed=13, held_out=True)
     named = data.labels[:, 2] <= len(STYLES)  # plain, or in a style that has a name
-    found = judge.accuracies(judge.load(), data.images[named], data.labels[named])
+    found = accuracies(judge.load(), data.images[named], data.labels[named])
     assert min(found.values()) > 0.99
 
 

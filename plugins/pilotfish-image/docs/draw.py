@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pilotfish_view as view
 from PIL import Image, ImageDraw
 
 import pilotfish
-from pilotfish.runs.pictures import strip
 
 HERE = Path(__file__).parent
 HOUSE = HERE / "drawing.png"
@@ -64,7 +64,7 @@ def main(out: str | None = None, steps: int = 25) -> Path:
     drawing().save(HOUSE, optimize=True)
     sampler = pilotfish.load()
     rows = [
-        strip(list(row.values()), list(row), height=128)
+        view.strip(list(row.values()), list(row), height=128)
         for row in (reworked(sampler, steps), guided(sampler, steps))
     ]
     sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")

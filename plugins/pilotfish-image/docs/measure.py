@@ -7,15 +7,18 @@ each setting and draws optimize.png, the first pictures of each row.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from pilotfish_emoji import judge as judges
-from pilotfish_emoji.score import plain_wishes
 
 import pilotfish
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+from emoji_training.score import plain_wishes
 
 ROWS: dict[str, tuple[int, dict[str, Any] | None]] = {
     "sgd, the default": (25, {}),

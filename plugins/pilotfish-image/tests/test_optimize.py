@@ -275,8 +275,8 @@ def emoji():
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adam"}], ids=["default", "adam"])
 def test_the_judge_recognises_seven_of_ten_pictures(emoji, settings):
+    from emoji_training.score import plain_wishes
     from pilotfish_emoji import judge as judges
-    from pilotfish_emoji.score import plain_wishes
 
     judge, right, calls = judges.load(), 0, []
     wishes = plain_wishes(64, 0)[::4]  # docs/measure.py has all of them

@@ -11,6 +11,7 @@ run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from pilotfish_emoji import judge as judges
 from pilotfish_emoji.names import BACKGROUNDS, COLORS, GLYPHS
-from pilotfish_emoji.score import frechet_distance
-from pilotfish_emoji.world import caption, pixels, random_style, render, sheet
 from torch import Tensor
 
 import pilotfish
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+from emoji_training.score import frechet_distance
+from emoji_training.world import caption, pixels, random_style, render, sheet
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "crown")
 EACH, FRESH = 8, 128  # pictures of an object, and fresh ones to compare with

@@ -13,6 +13,7 @@ run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -22,10 +23,12 @@ from PIL import Image
 from pilotfish_emoji import OBJECTS
 from pilotfish_emoji import judge as judges
 from pilotfish_emoji.names import COLORS, GLYPHS
-from pilotfish_emoji.world import pixels, render, sheet
 from pilotfish_textual_inversion import Plan, train
 
 import pilotfish
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+from emoji_training.world import pixels, render, sheet
 
 STYLE = "blueprint"
 LEARNED = ("cat", "car", "tree", "castle", "fish", "guitar", "clock", "mushroom")

@@ -150,7 +150,7 @@ def test_the_emoji_model_refuses_the_file_of_stable_diffusion_1():
         pilotfish.load()("a <birb-style>", plugins=[Concept(file=BIRB)], steps=1)
 
 
-@pytest.mark.parametrize("count", [76, 10_000])
+@pytest.mark.parametrize("count", [76, 500])
 def test_more_vectors_than_a_prompt_has_room_for_are_refused(sampler, tmp_path, count):
     save_file({"<ink>": torch.ones(count, 16)}, tmp_path / "ink.safetensors")
     message = rf"ink\.safetensors holds {count} vectors for '<ink>'; a prompt has room for 75"

@@ -6,6 +6,9 @@ import json
 import os
 import pickle
 import struct
+import sys
+import threading
+import time
 import zipfile
 from pathlib import Path
 from random import Random
@@ -13,7 +16,7 @@ from random import Random
 import pytest
 import torch
 from pilotfish_textual_inversion import read, write
-from pilotfish_textual_inversion.files import LARGEST
+from pilotfish_textual_inversion.files import LARGEST, MOST_VECTORS, MOST_WORDS
 from safetensors.torch import save_file
 
 from pilotfish import InputError
@@ -79,6 +82,96 @@ def test_every_layout_gives_its_word_and_its_vectors(tmp_path, name, content, wo
     assert torch.equal(vectors, INK) and not vectors.requires_grad
 
 
+def textual_inversion(values, **others):
+    """As the original repository and InvokeAI's trainer write it."""
+    param = torch.nn.Parameter(values)
+    return {
+        "string_to_token": {"*": torch.tensor(265), **dict.fromkeys(others, torch.tensor(42))},
+        "string_to_param": torch.nn.ParameterDict({"*": param, **others}),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [automatic1111, textual_inversion, lambda v: {"ink": v}])
+def test_both_formats_of_torch_are_read_in_every_precision(tmp_path, layout, dtype, zipped):
+    path = tmp_path / "ink.pt"
+    torch.save(layout(INK.to(dtype)), path, _use_new_zipfile_serialization=zipped)
+    word, vectors = only(read(path))
+    assert word == "ink" and torch.equal(vectors, INK.to(dtype).float())
+
+
+def test_the_original_repositorys_file_has_its_own_name_for_a_star(tmp_path):
+    path = saved(tmp_path / "embeddings_gs-5000.pt", textual_inversion(INK, sks=INK[:1]))
+    words = read(path)
+    assert words.keys() == {"embeddings_gs-5000", "sks"}
+    assert torch.equal(words["sks"]["text_encoder"], INK[:1])
+
+
+def test_a_parameter_dict_of_torch_before_1_12_is_read(tmp_path):
+    content = textual_inversion(INK)
+    del vars(content["string_to_param"])["_keys"]  # it had none; its own methods need it
+    assert torch.equal(only(read(saved(tmp_path / "a.pt", content)))[1], INK)
+
+
+def test_a_file_that_was_saved_on_cuda_is_read_on_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        saved(tmp_path / "ink.pt", automatic1111(INK))
+    assert torch.equal(only(read(tmp_path / "ink.pt"))[1], INK)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ({"<ink>": INK, "step": 500, "name": "mine", "loss": 0.25, "vae": None}, "<ink>"),
+        ({"emb_params": INK, "name": "mine", "step": torch.tensor(500)}, "mine"),
+        ({"string_to_param": {"*": INK}, "name": "", "hash": "0af3"}, "file"),
+    ],
+)
+def test_numbers_and_text_beside_the_vectors_are_passed_over(tmp_path, content, word):
+    found, vectors = only(read(saved(tmp_path / "file.pt", content)))
+    assert found == word and torch.equal(vectors, INK)
+
+
+def test_a_pair_with_a_name_and_steps_has_that_name(tmp_path):
+    content = {"clip_l": INK, "clip_g": WIDE, "name": "mine", "step": 500}
+    assert read(saved(tmp_path / "a.pt", content)).keys() == {"mine"}
+
+
+def test_an_ending_in_capitals_is_the_same_ending(tmp_path):
+    save_file({"<ink>": INK}, tmp_path / "A.SafeTensors")
+    assert torch.equal(only(read(tmp_path / "A.SafeTensors"))[1], INK)
+
+
+def test_what_torch_may_load_elsewhere_is_as_before(tmp_path):
+    own = set(torch.serialization.get_safe_globals())
+    path = saved(tmp_path / "a.pt", textual_inversion(INK))
+    read(path)
+    assert set(torch.serialization.get_safe_globals()) == own
+    with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+        assert torch.equal(only(read(path))[1], INK)
+        assert torch.nn.ParameterDict in torch.serialization.get_safe_globals()
+
+
+def test_files_of_parameter_dicts_are_read_by_threads_at_once(tmp_path):
+    path, faults = saved(tmp_path / "a.pt", textual_inversion(INK)), []
+
+    def often():
+        try:
+            for _ in range(50):
+                read(path)
+        except InputError as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=often) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_a_pair_for_sdxl_is_told_apart_by_encoder(tmp_path, suffix):
     words = read(saved(tmp_path / f"ink.{suffix}", {"clip_g": WIDE, "clip_l": INK}))
@@ -94,7 +187,7 @@ def test_a_file_may_hold_several_words(tmp_path):
         "<a>": 1,
         "<b>": 2,
     }
-    with pytest.raises(InputError, match=r"two\.safetensors holds 2 words \(<a>, <b>\)"):
+    with pytest.raises(InputError, match=r"two\.safetensors holds 2 words \('<a>', '<b>'\)"):
         read(path, token="<c>")
 
 
@@ -148,14 +241,20 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
         ("a.pt", {"<a>": torch.ones(0, 4)}, r"'<a>' has shape \(0, 4\)"),
         ("a.pt", {"<a>": torch.tensor(1.0)}, r"'<a>' has shape \(\)"),
         ("a.pt", {"<a>": torch.ones(1, 1).expand(2**40, 2**20)}, r"claims shape \(1099511627776, "),
-        ("a.pt", {"<a>": torch.eye(4).to_sparse()}, r"'<a>' is a torch\.sparse_coo tensor; exp"),
+        ("a.pt", {"<a>": torch.eye(4).to_sparse()}, r"asks for torch\._utils\._rebuild_sparse"),
         ("a.pt", {"string_to_param": {"*": "x"}, "name": "ink"}, "'ink' is 'x'; expected a dense"),
-        ("a.pt", {}, r"a\.pt has an unknown layout \(\[\]\); known: {token: tensor}"),
-        ("a.pt", [INK], "unknown layout .'list'.; known"),
-        ("a.pt", {"step": 4, "w": INK}, r"unknown layout \(\['step', 'w'\]\)"),
+        ("a.pt", {}, r"a\.pt has an unknown layout \(dict\); known: {token: tensor}"),
+        ("a.pt", [INK], r"unknown layout \(list\); known"),
+        ("a.pt", {"step": 4, "w": [INK]}, r"unknown layout \('step', 'w'\)"),
         ("a.pt", {"up": INK, "down": WIDE}, "unknown layout"),
         ("a.pt", {"my style": INK}, "names its word 'my style'; give one without spaces as token"),
         ("a.pt", {"": INK}, "names its word ''"),
+        ("a.pt", {7: INK}, "names its word 7; give one without spaces as token"),
+        (
+            "a.pt",
+            {"*": INK, "emb_params": INK},
+            r"holds 2 tensors .* for 1 words; expected one for",
+        ),
     ],
 )
 def test_what_is_no_embedding_is_refused_by_name_and_fact(tmp_path, name, content, message):
@@ -192,6 +291,17 @@ def test_a_pickle_that_runs_a_command_is_refused_and_runs_nothing(tmp_path, suff
     with pytest.raises(InputError, match=r"a\.\w+ is no learned embedding"):
         read(path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_refusal_gives_no_advice_to_switch_safety_off(tmp_path, zipped):
+    content = [{"<a>": Harm(tmp_path / "trace")}, {"<a>": Random(1)}, {"<a>": slice(1)}]
+    for number, value in enumerate(content):
+        path = tmp_path / f"{number}.pt"
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(InputError) as refusal:
+            read(path)
+        assert not any(w in str(refusal.value) for w in ("weights_only", "trust", "safe_globals"))
 
 
 def safetensors(header, data=b""):
@@ -248,17 +358,179 @@ def test_a_file_of_a_models_size_is_refused_unread(tmp_path, monkeypatch):
         read(path)
 
 
+# ---- bombs: small files that cost much ----
+
+
+def pickled(path, operations):
+    """A file as torch.save zips it, around these operations of a pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + operations + b".")
+        archive.writestr("a/version", "3\n")
+        archive.writestr("a/byteorder", "little")
+        archive.writestr("a/data/0", bytes(16))
+
+
+def text(value):
+    value = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(value)) + value
+
+
+def number(value):
+    value = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(value)]) + value
+
+
+def name(module, attribute):
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def floats(numel, shape, stride, offset=0):
+    """A tensor that claims a storage, a shape, strides and an offset; the file has 16 bytes."""
+    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu")
+    sizes = [b"(" + b"".join(map(number, each)) + b"t" for each in (shape, stride)]
+    hooks = name("collections", "OrderedDict") + b")R"
+    values = storage + number(numel) + b"tQ" + number(offset) + b"".join(sizes) + b"\x89" + hooks
+    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + values + b"tR"
+
+
+def doubled_tuple(times):
+    """A tuple that holds the last one twice, and so on, as a key: 2^times parts to hash."""
+    pairs = b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(times))
+    return b"}" + text("lol") + b"q\x00" + pairs + b"K\x01s"
+
+
+def doubled_list(times):
+    inner = "x"
+    for _ in range(times):
+        inner = [inner, inner]
+    return inner
+
+
+def again_and_again(callable_name, items):
+    """A container made anew from the same large one, until the operations run out."""
+    calls = b"h\x02h\x01\x85R" * 800
+    return b"](" + items + b"q\x01" + name(*callable_name) + b"q\x02" + calls + b"e"
+
+
+NUMBERS = b"](" + b"".join(b"J" + struct.pack("<i", i) for i in range(2000)) + b"e"
+NAMED = b"}(" + b"".join(text(f"k{i}") + b"K\x01" for i in range(900)) + b"u"
+PARAMETER_DICT = ("torch.nn.modules.container", "ParameterDict")
+BOMBS = {
+    "tuples, 2^40 deep": (doubled_tuple(40), "repeats a tuple"),
+    "tuples, 2000 deep": (b"})" + b"\x85" * 2000 + b"K\x01s", "unknown layout"),
+    "lists, 2000 deep": (
+        b"}" + text("string_to_param") + b"]" * 2000 + b"a" * 1999 + b"s",
+        "unknown layout",
+    ),
+    "sets again": (again_and_again(("builtins", "set"), NUMBERS), "unknown layout"),
+    "dicts again": (again_and_again(PARAMETER_DICT, NAMED), "damaged"),
+    "bytearray": (
+        b"}" + name("builtins", "bytearray") + number(2**34) + b"\x85R" + b"K\x01s",
+        "asks",
+    ),
+    "long name": (name("a" * 10**6, "b"), "it asks for aaa"),
+    "endless": (b"]" + b"Na" * 10**6, "more than 6000 operations"),
+    "memo": (b"}r\xff\xff\xff\x7f", "unknown layout"),
+    "storage 2^60": (b"}" + text("*") + floats(2**60, [2**60], [1]) + b"s", "damaged"),
+    "storage 2^12": (b"}" + text("*") + floats(2**12, [2**12], [1]) + b"s", "damaged"),
+    "shape 2^60": (b"}" + text("*") + floats(4, [2**60], [0]) + b"s", "claims shape"),
+    "shape 2^120": (b"}" + text("*") + floats(4, [2**60, 2**60], [0, 0]) + b"s", "damaged"),
+    "offset 2^60": (b"}" + text("*") + floats(4, [4], [1], 2**60) + b"s", "damaged"),
+    "half a character": (b"}" + text("a\udc80") + floats(4, [4], [1]) + b"s", "'a\\\\udc80'; give"),
+    "long word": (b"}" + text("a" * 10**6) + floats(4, [4], [1]) + b"s", "200 characters at most"),
+}
+
+
+def refused(path, message):
+    """Refused with that, quickly, and in few words."""
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=message) as refusal:
+        read(path)
+    assert time.perf_counter() - started < 2
+    assert len(str(refusal.value)) < 500 + len(str(path))
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_of_pickles_is_refused_quickly(tmp_path, bomb):
+    operations, message = BOMBS[bomb]
+    pickled(tmp_path / "a.pt", operations)
+    refused(tmp_path / "a.pt", message)
+
+
+def test_the_bombs_builder_can_write_a_file_that_is_read(tmp_path):
+    pickled(tmp_path / "a.pt", b"}" + text("ink") + floats(4, [2, 2], [2, 1]) + b"s")
+    word, vectors = only(read(tmp_path / "a.pt"))
+    assert word == "ink" and torch.equal(vectors, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"string_to_param": {"*": doubled_list(24)}}, "'a' is list; expected a dense tensor"),
+        ({"string_to_param": doubled_list(24)}, "unknown layout"),
+        (doubled_list(24), "unknown layout .list."),
+        ({f"w{i}": INK for i in range(10_000)}, "operations; a word takes some 50"),
+        ({f"w{i}": INK for i in range(MOST_WORDS + 1)}, f"holds {MOST_WORDS + 1} tensors"),
+        ({"<a>": torch.ones(MOST_VECTORS + 1, 4)}, f"holds {MOST_VECTORS + 1} vectors; expected"),
+    ],
+)
+def test_more_than_an_embedding_holds_is_refused_quickly(tmp_path, content, message):
+    refused(saved(tmp_path / "a.pt", content), message)
+
+
+def test_as_many_words_and_vectors_as_are_allowed_are_read(tmp_path):
+    words = {f"w{i}": torch.nn.Parameter(INK) for i in range(MOST_WORDS)}
+    assert len(read(saved(tmp_path / "a.pt", {"string_to_param": torch.nn.ParameterDict(words)})))
+    read(saved(tmp_path / "b.pt", {"<a>": torch.ones(MOST_VECTORS, 4)}))
+
+
+def test_a_safetensors_file_of_many_words_is_refused_by_its_header(tmp_path):
+    entries = {f"w{i}": entry([1], 4 * i, 4 * i + 4) for i in range(100_000)}
+    (tmp_path / "a.safetensors").write_bytes(safetensors(entries, bytes(400_000)))
+    refused(tmp_path / "a.safetensors", "it holds 100000 tensors; 64 words at most are read")
+
+
+@pytest.mark.parametrize("claim", [2**30, 2**38, 2**60])
+def test_an_old_file_that_claims_more_values_than_it_has_is_refused(tmp_path, claim):
+    torch.save({"<a>": torch.ones(4)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pt").read_bytes()
+    at = content.index(b"K\x04", content.index(b"cpu"))  # the storage's number of values
+    (tmp_path / "a.pt").write_bytes(content[:at] + number(claim) + content[at + 2 :])
+    refused(tmp_path / "a.pt", "damaged, or not written by torch.save")
+
+
+def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path):
+    path = saved(tmp_path / "a.pt", {"<ink>": INK})
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a/data.pkl", b"other")
+    refused(path, "two files of one name")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are UTF-8")
+def test_a_file_whose_name_is_no_utf8_has_to_be_given_a_word(tmp_path):
+    path = tmp_path / os.fsdecode(b"ink\xff.pt")
+    torch.save(INK, tmp_path / "ink.pt")
+    (tmp_path / "ink.pt").rename(path)
+    with pytest.raises(InputError, match=r"names its word 'ink\\udcff'; give one of whole char"):
+        read(path)
+    assert torch.equal(only(read(path, token="<ink>"))[1], INK)
+
+
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
     """Files to damage, by name."""
     folder = tmp_path_factory.mktemp("originals")
     torch.save({"<ink>": INK}, folder / "old.bin", _use_new_zipfile_serialization=False)
+    torch.save(textual_inversion(INK), folder / "old.pt", _use_new_zipfile_serialization=False)
     saved(folder / "ink.pt", automatic1111(INK))
+    saved(folder / "ti.pt", textual_inversion(INK))
     saved(folder / "ink.safetensors", {"<ink>": INK})
     return {path.name: path.read_bytes() for path in (*folder.iterdir(), BIRB)}
 
 
-@pytest.mark.parametrize("name", ["old.bin", "ink.pt", "ink.safetensors", BIRB.name])
+@pytest.mark.parametrize(
+    "name", ["old.bin", "old.pt", "ink.pt", "ti.pt", "ink.safetensors", BIRB.name]
+)
 def test_damaged_files_are_read_or_refused_never_a_crash(name, originals, tmp_path):
     random, path = Random(name), tmp_path / name
     for _ in range(500):

@@ -15,13 +15,14 @@ import click
 
 from ..errors import InputError
 from ..guidance.presets import PRESETS
-from .program import debug_option
+from .program import debug_option, not_installed
 
 if TYPE_CHECKING:
+    from pilotfish_view import Film
+
     from ..hooks.stack import Stack
     from ..runs.run import Run
     from ..sampling.sampler import Result, Stream
-    from ..view import Film
 
 Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
 
@@ -164,32 +165,37 @@ class Output:
     film: str | None = None
     film_decoded: bool = False
 
-    def check(self) -> None:
-        """Find out before the run, not after it, whether they can be written.
+    def check(self) -> Film | None:
+        """Find out before the run, not after it, whether they can be written; the empty film.
 
         Raises:
             PilotfishError: one cannot.
         """
         from ..runs.pictures import check_writable
-        from ..view.film import check_film
 
         check_writable(self.out)
-        if self.film is not None:
-            check_film(self.film)
+        if self.film is None:
+            return None
+        try:
+            from pilotfish_view import Film
+        except ModuleNotFoundError as error:
+            if error.name != "pilotfish_view":
+                raise
+            raise not_installed("the option '--film'", "pilotfish-view") from None
+        Film.check(self.film)
+        return Film(decoded=self.film_decoded)
 
 
 def make_pictures(
     stack: Stack, run: Run, model: Model, output: Output
 ) -> tuple[str, dict[str, Any]]:
     """A run, its files, and what there is to tell, as text and as data."""
-    from ..view import Film
     from .report import report, summary
 
-    output.check()
+    film = output.check()
     stream = start(stack, run, model)
     if output.save_run is not None:
         write(Path(output.save_run), stream.run.to_toml())
-    film = Film(decoded=output.film_decoded) if output.film is not None else None
     result, seconds = watch(stream, film)
     files = result.save(output.out)
     if film is not None and output.film is not None:

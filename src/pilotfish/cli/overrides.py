@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ..errors import InputError
-from ..runs.changes import apply, table
+from ..runs.changes import changed, table
 from ..runs.run import Run
 
 
@@ -30,8 +31,7 @@ def completed(
     given = {key: value for key, value in options.items() if value is not None}
     if "preset" in given:  # before --set, which may change one of its knobs
         content["preset"] = given.pop("preset")
-    for change in changes:
-        apply(change, content)
+    content = functools.reduce(changed, changes, content)
     return {**content, **given}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
@@ -9,13 +10,15 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PilotfishError, unknown
-from ..hooks.registry import COMMAND_GROUP, Installed, installed, load_command
+from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, installed, limit, load_command
 from .listing import remark
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Each is the command of its name in the module of its name.
-OWN = ("doctor", "generate", "grid", "plugins", "replay", "view")
+OWN = ("doctor", "generate", "plugins", "replay")
+# The commands that come with packages of the same project.
+PACKAGES = {"grid": "pilotfish-view", "view": "pilotfish-view"}
 
 
 class Failure(click.ClickException):
@@ -45,8 +48,10 @@ class Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, but an unknown command lists all of them."""
+        """As click's, but an unknown command lists all of them, or names its package."""
         if self.get_command(ctx, args[0]) is None:
+            if ctx.parent is None and args[0] in PACKAGES:
+                raise not_installed(f"the command {args[0]!r}", PACKAGES[args[0]])
             raise click.UsageError(str(unknown("command", args[0], self.list_commands(ctx))), ctx)
         return super().resolve_command(ctx, args)
 
@@ -83,6 +88,12 @@ class Added(click.Command):
         """The context of the package's own command, which so takes this one's place."""
         command: click.Command = load_command(str(self.name))
         return command.make_context(info_name, args, parent, **extra)
+
+
+def not_installed(what: str, package: str) -> PilotfishError:
+    """The error for what a package brings that is not there, or that `PILOTFISH_PLUGINS` hides."""
+    hides = "" if limit() is None else f". {LIMIT}={os.environ[LIMIT]} hides what it does not name"
+    return PilotfishError(f"{what} comes with {package}: pip install {package}{hides}")
 
 
 def _own_mistake(error: Exception) -> str | None:

@@ -1,26 +1,26 @@
 """From several losses to one move.
 
-The graph is split at leaves. All guides of a step share one trunk, `latents -> x0 -> image`; each
-guide sees detached leaves (`x0`, `rgb`, `image`) and has its own small head behind them. Its
+The graph is split at leaves. What all guides of a step share is `latents -> x0 -> image`; each
+guide sees detached leaves (`x0`, `rgb`, `image`) and has its own small graph behind them. Its
 gradient at its leaves is cheap, is checked and weighed there, and the weighted sum is pulled back
-through the trunk once. The result is the gradient of the weighted sum of the losses, exactly; a
-broken guide is caught at its leaf and touches nobody else's gradient.
+through the shared graph once. The result is the gradient of the weighted sum of the losses,
+exactly; a broken guide is caught at its leaf and touches nobody else's gradient.
 
-How far the sum then moves what, is `rules.py`.
+How far the sum then moves what, is `moves.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..sampling.clock import Span, mark
+from .clock import Span, mark
 from .noise import at_least_float32
 
 End = Literal["x0", "latents"]
@@ -35,7 +35,7 @@ class LossFault(Exception):
     """What is wrong with a guide's loss, for the host to blame on the guide."""
 
 
-class Trunk:
+class SharedGraph:
     """What all guides of one step share: latents -> x0 -> rgb and image, each built at most once.
 
     Args:
@@ -63,14 +63,14 @@ class Trunk:
         """Where it lies."""
         return self._x0.device
 
-    def shifted(self, offset: Tensor) -> Trunk:
-        """The trunk of this x0 plus a constant, over the same network."""
-        other = Trunk(self._x0.detach() + offset, self._build["image"], self._build["rgb"])
+    def shifted(self, offset: Tensor) -> SharedGraph:
+        """The graph of this x0 plus a constant, over the same network."""
+        other = SharedGraph(self._x0.detach() + offset, self._build["image"], self._build["rgb"])
         other._predicted, other._latents = self._predicted, self._latents
         return other
 
     def node(self, name: str) -> Tensor:
-        """The trunk's own value of that name, built on first use."""
+        """The graph's own value of that name, built on first use."""
         if name not in self._nodes:
             start = mark(self.device)
             with torch.enable_grad():
@@ -87,7 +87,7 @@ class Trunk:
     def to_latents(self, cotangent: Tensor) -> Tensor:
         """Pull a gradient at x0 back to the latents, through the network."""
         if self._latents is None:
-            raise ValueError("this trunk's x0 has no graph to the latents")
+            raise ValueError("this graph's x0 has no graph to the latents")
         return _pull_back(self._predicted, self._latents, cotangent, retain_graph=False)
 
 
@@ -95,8 +95,8 @@ def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: 
     """A vector-Jacobian product, scaled per image to magnitude one on the way.
 
     It is linear in the cotangent, and powers of two are exact, so this changes nothing but saves a
-    half-precision trunk from underflow: pixel gradients of a CLIP loss at 512 pixels lie below the
-    smallest normal float16.
+    half-precision network from underflow: pixel gradients of a CLIP loss at 512 pixels lie below
+    the smallest normal float16.
     """
     largest = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True)
     mantissa, _ = largest.frexp()
@@ -111,17 +111,17 @@ def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: 
 class Leaves:
     """The leaves that one guide has read: fresh, detached, and its own."""
 
-    def __init__(self, trunk: Trunk) -> None:
-        self._trunk = trunk
+    def __init__(self, graph: SharedGraph) -> None:
+        self._graph = graph
         self.read: dict[str, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.read:
-            self.read[name] = self._trunk.node(name).detach().requires_grad_()
+            self.read[name] = self._graph.node(name).detach().requires_grad_()
         return self.read[name]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Pull:
     """One guide's wish at one step.
 
@@ -131,8 +131,6 @@ class Pull:
         gradients: its own gradient at each leaf that it read, unweighted.
         area: the part of the picture that it acts in, 0 to 1.
         seconds: that its loss and gradient took, when the device has done them.
-        share: (B,), its part of the step's move, set by `sum_at_x0`; the parts add up to 1 when
-            `share_out` is done.
     """
 
     name: str
@@ -142,7 +140,6 @@ class Pull:
     gradients: dict[Leaf, Tensor]
     area: float = 1.0
     seconds: Callable[[], float] = lambda: 0.0
-    share: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @cached_property
     def norm(self) -> Tensor:
@@ -254,36 +251,50 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, 
     return gradients
 
 
+@dataclass(frozen=True)
+class Sum:
+    """Weighted gradients in one.
+
+    Attributes:
+        gradient: at x0, (B, C, H, W).
+        parts: how large each guide's part of it is, (k, B), root mean squares.
+    """
+
+    gradient: Tensor
+    parts: Tensor
+
+
 def sum_at_x0(
-    trunks: Sequence[Trunk],
-    pulls: Sequence[Pull],
+    graphs: Sequence[SharedGraph],
     weighted: Sequence[dict[Leaf, Tensor]],
     *,
     keep_size: bool = False,
     retain_graph: bool = False,
-) -> Tensor:
+) -> Sum:
     """The sum of all guides' weighted gradients, pulled back to x0: one product for each leaf.
 
     Args:
-        trunks: one for each sample of x0.
+        graphs: one for each sample of x0.
         keep_size: each leaf's sum keeps the root mean square that it has at the leaf, so that a
             guide on the image and one on x0 weigh the same, and opposed guides cancel.
     """
-    parts = []
-    for leaf in dict.fromkeys(name for w in weighted for name in w):
+    pulled = []
+    parts: list[Tensor | float] = [0.0 for _ in weighted]
+    for leaf in dict.fromkeys(leaf for w in weighted for leaf in w):
         sample, name = leaf
         total = _sum(w[leaf] for w in weighted if leaf in w)
         size = rms(total)
-        pulled = trunks[sample].to_x0(name, total, retain_graph)
-        if keep_size:
-            pulled = resized(pulled, size)
-        parts.append(pulled)
-        to_x0 = rms(pulled) * inverse(size)
-        for pull, w in zip(pulls, weighted, strict=True):
-            if leaf in w:  # its part of this leaf's sum, in x0's units
-                part = rms(w[leaf]) * to_x0
-                pull.share = part.flatten() + (pull.share if len(pull.share) else 0)
-    return _sum(parts)
+        at_x0 = graphs[sample].to_x0(name, total, retain_graph)
+        at_x0 = resized(at_x0, size) if keep_size else at_x0
+        to_x0 = rms(at_x0) * inverse(size)  # from the leaf's units to those of x0
+        parts = [
+            part + (rms(w[leaf]) * to_x0).flatten() if leaf in w else part
+            for part, w in zip(parts, weighted, strict=True)
+        ]
+        pulled.append(at_x0)
+    gradient = _sum(pulled)
+    none = gradient.new_zeros(len(gradient))
+    return Sum(gradient, torch.stack([none + part for part in parts]))
 
 
 def without_conflicts(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -307,13 +318,6 @@ def _without_conflicts(gradient: Tensor, others: Iterable[Tensor]) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-
-
-def share_out(pulls: Sequence[Pull]) -> None:
-    """Make the guides' shares parts of 1."""
-    total = _sum(p.share for p in pulls)
-    for pull in pulls:
-        pull.share = pull.share * inverse(total)
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

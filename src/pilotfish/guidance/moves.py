@@ -14,7 +14,9 @@ stand as they are) and g, g0 a guide's gradient at the latents and at x0:
 | sphere   | turns the step's own noise   |                            | DSG, 2402.03201      |
 
 each times the guide's scale and the preset's rho (latents) or mu (x0). Under `rms` and `sphere`
-each guide is normalised on its own, at its leaf, before they are summed.
+each guide is normalised on its own, at its leaf, before they are summed. At alpha 0 (zero terminal
+SNR, sigma 1 of a flow) latents hold nothing of x0, and the rules with an alpha below the line move
+nothing; `rms` moves x0 there as everywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +33,11 @@ from .gradients import (
     End,
     Leaf,
     Pull,
-    Trunk,
+    SharedGraph,
+    Sum,
     inverse,
     resized,
     rms,
-    share_out,
     sum_at_x0,
     without_conflicts,
 )
@@ -48,7 +50,7 @@ from .presets import Preset
 UNPROMPTED_PULL = 0.1
 UNIT = ("rms", "sphere")  # the rules that do not see how large a loss is
 
-Descent = Callable[[Tensor], tuple[list[Trunk], list[Pull]]]
+Descent = Callable[[Tensor], tuple[list[SharedGraph], list[Pull]]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Place:
 
     Attributes:
         level, following: the noise levels of this step and of the next.
-        pull: (B, 1, 1, 1), how far the prompt moves eps, see `prompt_pull`.
+        pull: (B, 1, 1, 1), how far the prompt moves x0, see `prompt_pull`.
         schedule: multiplies rho and mu at this step.
     """
 
@@ -67,90 +69,119 @@ class Place:
     schedule: float = 1.0
 
     def pull_in(self, units: str) -> Tensor:
-        """The prompt's pull as it moves "eps", or "x0"."""
-        return self.pull * (self.level.sigma / self.level.alpha if units == "x0" else 1)
+        """The prompt's pull as it moves "x0", or "eps"."""
+        return self.pull * (1 if units == "x0" else self.level.alpha / self.level.sigma)
+
+
+@dataclass(frozen=True)
+class Move:
+    """What all guides do together at one step.
+
+    Attributes:
+        value: what to add to what `preset.applied_to` says: the latents, x0, or the next latents.
+            Under the rule "sphere" a direction instead, see `spherical`.
+        shares: (k, B), each guide's part of it; they add up to 1.
+    """
+
+    value: Tensor
+    shares: Tensor
 
 
 def combine(
-    trunks: Sequence[Trunk],
+    graphs: Sequence[SharedGraph],
     pulls: Sequence[Pull],
     preset: Preset,
     place: Place,
     descend: Descent = lambda _: ([], []),
-) -> Tensor:
-    """One move from all guides' gradients, and each guide's share of it.
+) -> Move:
+    """One move from all guides' gradients.
 
     Args:
-        trunks: one for each sample of x0; the pulls are at their leaves.
-        descend: for more than one iteration on x0: the trunks and pulls at x0 plus a move.
-
-    Returns:
-        What to add to what `preset.applied_to` says: the latents, x0, or the next latents. Under
-        the rule "sphere" a direction instead, see `turned`.
+        graphs: one for each sample of x0; the pulls are at their leaves.
+        descend: for more than one iteration on x0: the graphs and pulls at x0 plus a move.
     """
-    at_x0 = _gradients_at_x0(trunks, pulls, preset)
-    share_out(pulls)
+    sums = _sums(graphs, pulls, preset)
     moves = []
-    if "latents" in at_x0:
-        gradient = _through_network(trunks[0], at_x0["latents"], preset)
+    if "latents" in sums:
+        gradient = _through_network(graphs[0], sums["latents"].gradient, preset)
         moves.append(preset.rho * place.schedule * _of_latents(gradient, preset, place))
-    if "x0" in at_x0:
-        move = _of_x0(at_x0["x0"], preset, place)
+    if "x0" in sums:
+        move = _of_x0(sums["x0"].gradient, preset, place)
         for _ in range(1, preset.iterations):
             move = move + _further(descend(move), preset, place)
         moves.append(move * _per_x0(preset, place))
-    total = sum(moves[1:], start=moves[0])
+    parts = sum(s.parts for s in sums.values())
+    return Move(_trusted(sum(moves[1:], start=moves[0]), preset, place), _shares(parts))
+
+
+def _trusted(move: Tensor, preset: Preset, place: Place) -> Tensor:
+    """No longer than the preset's bound."""
     if preset.trust is None:
-        return total
+        return move
     longest = preset.trust * place.pull_in("x0") * _per_x0(preset, place)
-    return total * (longest * inverse(rms(total))).clamp(max=1)
+    return move * (longest * inverse(rms(move))).clamp(max=1)
 
 
-def _gradients_at_x0(
-    trunks: Sequence[Trunk], pulls: Sequence[Pull], preset: Preset
-) -> dict[End, Tensor]:
+def _shares(parts: Tensor) -> Tensor:
+    return parts * inverse(parts.sum(dim=0))
+
+
+def _sums(graphs: Sequence[SharedGraph], pulls: Sequence[Pull], preset: Preset) -> dict[End, Sum]:
     """The guides' weighted gradients in one, at x0, for each of the ends where any of them ends."""
     ends: tuple[End, ...] = ("latents", "x0")
-    groups = {end: [pull for pull in pulls if end in pull.ends] for end in ends}
+    groups = {end: [pull if end in pull.ends else None for pull in pulls] for end in ends}
     if groups["latents"] == groups["x0"]:
-        return dict.fromkeys(ends, _summed(trunks, pulls, preset))
-    last = "x0" if groups["x0"] else "latents"
+        both = _summed(graphs, groups["x0"], preset)
+        return {"latents": both, "x0": replace(both, parts=torch.zeros_like(both.parts))}
+    last = "x0" if any(groups["x0"]) else "latents"
     return {
-        end: _summed(trunks, group, preset, retain_graph=end != last)
+        end: _summed(graphs, group, preset, retain_graph=end != last)
         for end, group in groups.items()
-        if group
+        if any(group)
     }
 
 
 def _summed(
-    trunks: Sequence[Trunk], pulls: Sequence[Pull], preset: Preset, retain_graph: bool = False
-) -> Tensor:
-    """At x0. "project" pulls each guide's gradient back on its own: only there, where the move is
-    made, shows who pulls against whom. What is harmless in the picture may not be in the latents.
+    graphs: Sequence[SharedGraph],
+    pulls: Sequence[Pull | None],
+    preset: Preset,
+    retain_graph: bool = False,
+) -> Sum:
+    """At x0; a guide that is None has no part in it.
+
+    "project" pulls each guide's gradient back on its own: only there, where the move is made, shows
+    who pulls against whom. What is harmless in the picture may not be in the latents.
     """
 
-    def at_x0(group: Sequence[Pull], retain_graph: bool) -> Tensor:
-        weighted = [_weighted(pull, preset) for pull in group]
+    def at_x0(weighted: Sequence[dict[Leaf, Tensor]], retain_graph: bool) -> Sum:
         unit = preset.rule in UNIT
-        return sum_at_x0(trunks, group, weighted, keep_size=unit, retain_graph=retain_graph)
+        return sum_at_x0(graphs, weighted, keep_size=unit, retain_graph=retain_graph)
 
+    weighted = [_weighted(pull, preset) if pull else {} for pull in pulls]
     if preset.combine == "sum":
-        return at_x0(pulls, retain_graph)
-    parts = [at_x0([pull], retain_graph or pull is not pulls[-1]) for pull in pulls]
-    return torch.stack(without_conflicts(parts)).sum(dim=0)
+        return at_x0(weighted, retain_graph)
+    used = [i for i, w in enumerate(weighted) if w]
+    sums = [
+        at_x0([w if i == j else {} for j, w in enumerate(weighted)], retain_graph or i != used[-1])
+        for i in used
+    ]
+    gradient = torch.stack(without_conflicts([s.gradient for s in sums])).sum(dim=0)
+    return Sum(gradient, torch.stack([s.parts for s in sums]).sum(dim=0))
 
 
-def _through_network(trunk: Trunk, at_x0: Tensor, preset: Preset) -> Tensor:
-    at_latents = trunk.to_latents(at_x0)
+def _through_network(graph: SharedGraph, at_x0: Tensor, preset: Preset) -> Tensor:
+    at_latents = graph.to_latents(at_x0)
     return resized(at_latents, rms(at_x0)) if preset.rule in UNIT else at_latents
 
 
-def _further(found: tuple[list[Trunk], list[Pull]], preset: Preset, place: Place) -> Tensor | float:
+def _further(
+    found: tuple[list[SharedGraph], list[Pull]], preset: Preset, place: Place
+) -> Tensor | float:
     """One more step of the descent on x0; none if no guide answered."""
-    trunks, pulls = found
+    graphs, pulls = found
     if not pulls:
         return 0.0
-    return _of_x0(_summed(trunks, pulls, preset), preset, place)
+    return _of_x0(_summed(graphs, pulls, preset).gradient, preset, place)
 
 
 def _weighted(pull: Pull, preset: Preset) -> dict[Leaf, Tensor]:
@@ -171,16 +202,16 @@ def _of_latents(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
     if preset.rule == "rms" and preset.units == "x0":
         return -place.pull_in("x0") * gradient * _per_x0(preset, place)
     if preset.rule == "rms":
-        move = -level.norm * place.pull * gradient
+        move = -level.norm * place.pull_in("eps") * gradient
     else:
         move = -(level.sigma**2 if preset.rule == "sigma2" else level.norm**2) * gradient
     if preset.applied_to == "latents":
         return move
     if preset.applied_to == "prediction":
-        return move / level.alpha
+        return move * level.per_alpha
     # The papers add the move to the next latents as it is; TFG lets it shrink with their noise.
     kept = preset.rule in ("rms", "residual")
-    return move * (following.norm / level.norm if kept else following.alpha / level.alpha)
+    return move * (following.norm / level.norm if kept else following.alpha * level.per_alpha)
 
 
 def _of_x0(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
@@ -189,7 +220,7 @@ def _of_x0(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
     if preset.rule == "rms":
         return -place.pull_in(preset.units) * gradient
     if preset.rule == "sigma2":
-        return -((place.level.sigma / place.level.alpha) ** 2) * gradient
+        return -((place.level.sigma * place.level.per_alpha) ** 2) * gradient
     return -gradient
 
 
@@ -199,7 +230,7 @@ def _per_x0(preset: Preset, place: Place) -> float:
     return after[preset.applied_to]
 
 
-def turned(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor) -> Tensor:
+def spherical(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor) -> Tensor:
     """A step's result with its noise turned towards a direction: the rule "sphere".
 
     Yang et al. 2024, "Guidance with Spherical Gaussian Constraint", arXiv 2402.03201, algorithm 1,
@@ -219,10 +250,11 @@ def turned(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor) ->
 def prompt_pull(
     level: NoiseLevel, cond: Tensor, uncond: Tensor | None, guidance_scale: float
 ) -> Tensor:
-    """How far classifier-free guidance itself moves eps at this step, root mean square per image.
+    """How far classifier-free guidance itself moves x0 at this step, root mean square per image.
 
-    `guidance_scale * RMS(cond - uncond)` (FreeDoM's own). Never less than `UNPROMPTED_PULL *
-    RMS(cond)`: that stands in where nothing pulls, and the two meet without a jump.
+    `guidance_scale * RMS(cond - uncond)` (FreeDoM's own), in x0's units. Never less than
+    `UNPROMPTED_PULL * RMS(cond)`: that stands in where nothing pulls, and the two meet without a
+    jump.
 
     Returns:
         (B, 1, 1, 1).
@@ -230,7 +262,7 @@ def prompt_pull(
     pull = UNPROMPTED_PULL * rms(at_least_float32(cond))
     if uncond is not None:
         pull = torch.maximum(pull, guidance_scale * rms(at_least_float32(cond - uncond)))
-    return pull * abs(level.out) * level.alpha / level.sigma
+    return pull * abs(level.out)
 
 
 def schedule(levels: Sequence[NoiseLevel], kind: str) -> list[float]:
@@ -239,7 +271,7 @@ def schedule(levels: Sequence[NoiseLevel], kind: str) -> list[float]:
     The ratio of two steps' abar, or one minus it: Ye et al. 2024, "TFG", arXiv 2409.15761.
     """
     abar = [(level.alpha / level.norm) ** 2 for level in (*levels, CLEAN)]
-    ratios = [now / after for now, after in itertools.pairwise(abar)]
+    ratios = [now / after if after else 1.0 for now, after in itertools.pairwise(abar)]
     values = ratios if kind == "increase" else [1 - ratio for ratio in ratios]
     mean = math.fsum(values) / len(values)
     return [value / mean for value in values]

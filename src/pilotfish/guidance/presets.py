@@ -1,7 +1,8 @@
 """Presets: named ways of turning losses into a move. Data, not code.
 
 Every algorithm here is a point in one space (as Ye et al. 2024, "TFG", arXiv 2409.15761, showed for
-five of them). `docs/guidance.md` has the formulas, and `rules.py` is them in code.
+five of them). They stand in `presets.toml`; `docs/guidance.md` has the formulas, and `moves.py` is
+them in code.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
 
-from ..errors import InputError, unknown
+from ..errors import InputError, explain, unknown
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=100)]
@@ -33,7 +35,7 @@ class Preset:
         applied_to: "latents" moves the latents and keeps the prediction made before the move;
             "prediction" moves x0, and the scheduler continues from there; "after_step" moves what
             the scheduler made of the unmoved ones.
-        rule: how far: "sigma2", "rms", "residual", "plain" or "sphere" (`rules.py`).
+        rule: how far: "sigma2", "rms", "residual", "plain" or "sphere" (`moves.py`).
         units: under "rms", what the prompt's pull is measured in: as it moves "x0", or in "eps".
         rho: multiplies every guide's scale where its gradient ends at the latents. Under "sphere",
             the part of the noise's direction that the guides take.
@@ -109,113 +111,12 @@ def _within(progress: float, start: float, stop: float) -> bool:
     return start <= progress and (progress < stop or stop == 1)
 
 
-PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            name="balanced",
-            gradient="x0",
-            applied_to="prediction",
-            rule="rms",
-            source="ours; the rule after FreeDoM, each guide normalised on its own",
-        ),
-        Preset(
-            name="deep-dive",
-            gradient="x0",
-            applied_to="latents",
-            rule="sigma2",
-            source="Whitaker 2022, Stable Diffusion Deep Dive; there scale 200 on every 5th of 50 "
-            "LMS steps",
-        ),
-        Preset(
-            name="clip-guided",
-            gradient="latents",
-            applied_to="prediction",
-            rule="sigma2",
-            source="Crowson 2022, k-diffusion: x0 moves by -sigma^2 times the gradient",
-        ),
-        Preset(
-            name="dps",
-            gradient="latents",
-            applied_to="after_step",
-            rule="residual",
-            source="Chung et al. 2023, arXiv 2209.14687, algorithm 1; scale 0.3 to 1 there. We "
-            "differ: the guide's loss stands for the squared norm of the residual",
-        ),
-        Preset(
-            name="lgd",
-            gradient="latents",
-            applied_to="prediction",
-            rule="sigma2",
-            samples=10,
-            smoothing=1.0,
-            source="Song et al. 2023, Loss-Guided Diffusion (ICML), algorithm 1",
-        ),
-        Preset(
-            name="freedom",
-            gradient="latents",
-            applied_to="after_step",
-            rule="rms",
-            units="eps",
-            rho=0.2,
-            mu=0.2,
-            start=0.3,
-            stop=0.7,
-            recurrence=3,
-            recurrence_start=0.3,
-            recurrence_stop=0.6,
-            source="Yu et al. 2023, arXiv 2303.09833, algorithm 2, with the step size and windows "
-            "of its code for latent diffusion. We differ: the scheduler is the user's, each "
-            "image has its own step size, and noise is put back on a DDIM step",
-        ),
-        Preset(
-            name="ugd",
-            gradient="both",
-            applied_to="prediction",
-            rule="sigma2",
-            recurrence=4,
-            source="Bansal et al. 2023, arXiv 2302.07121, algorithm 1: forward guidance with "
-            "s(t) = rho * sqrt(1 - abar), then backward guidance. We differ: the inner descent "
-            "takes steps of mu * (sigma / alpha)^2, where the paper leaves them open",
-        ),
-        Preset(
-            name="mpgd",
-            gradient="x0",
-            applied_to="prediction",
-            rule="rms",
-            units="eps",
-            rho=15.0,
-            mu=15.0,
-            start=0.3,
-            stop=0.7,
-            source="He et al. 2023, arXiv 2311.16424, algorithm 3, with the step size (15 to 30) "
-            "and window of its code for latent diffusion",
-        ),
-        Preset(
-            name="tfg",
-            gradient="both",
-            applied_to="after_step",
-            rule="plain",
-            rho=1.0,
-            mu=1.0,
-            schedule="increase",
-            iterations=4,
-            samples=1,
-            recurrence=1,
-            source="Ye et al. 2024, arXiv 2409.15761, algorithm 1. rho, mu and smoothing are "
-            "searched for each task there; so must you",
-        ),
-        Preset(
-            name="dsg",
-            gradient="latents",
-            applied_to="after_step",
-            rule="sphere",
-            rho=0.1,
-            source="Yang et al. 2024, arXiv 2402.03201, algorithm 1; rho is its g_r, 0.1 to 0.2. "
-            "Takes schedulers that draw noise",
-        ),
-    )
-}
+def _shipped() -> dict[str, Preset]:
+    text = resources.files(__package__).joinpath("presets.toml").read_text(encoding="utf-8")
+    return {name: Preset(name=name, **knobs) for name, knobs in tomllib.loads(text).items()}
+
+
+PRESETS = _shipped()
 """The presets by their names."""
 
 
@@ -252,27 +153,21 @@ def _from_table(table: Mapping[str, Any]) -> Preset:
         start = find_preset(base)
         own = {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}
         knobs = {**own, **knobs}
+    elif not knobs.keys() >= REQUIRED:
+        missing = ", ".join(sorted(REQUIRED - knobs.keys()))
+        raise InputError(
+            f"preset {knobs.get('name', '')!r}: {missing} must be given, or `base`, the name of a "
+            "preset"
+        )
     for knob in knobs:
         if knob not in KNOBS:
             raise unknown("knob", knob, KNOBS)
     try:
         return Preset(**{"name": "unnamed", **knobs})
     except pydantic.ValidationError as error:
-        raise InputError(f"preset {knobs.get('name', '')!r}: {_explain(error)}") from None
+        problems = explain(error, Preset.__dataclass_fields__, "knob").removesuffix(".")
+        raise InputError(f"preset {knobs.get('name', '')!r}: {problems}") from None
 
 
-def _explain(error: pydantic.ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        name = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "missing":
-            lines.append(f"{name} must be given, or `base`, the name of a preset")
-        elif name:
-            lines.append(f"{name} must be {message}; got {problem['input']!r}")
-        else:
-            lines.append(message)
-    return "; ".join(lines)
-
-
+REQUIRED = {"gradient", "applied_to", "rule"}
 KNOBS = tuple(field.name for field in dataclasses.fields(Preset))

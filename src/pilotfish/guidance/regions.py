@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import SettingsError
 
 SIDE = 512  # cells a side at which a region's area is measured
+REACH = 3.0  # deviations at which the Gaussian ends: beyond, a mask is exactly 0 or 1
 
 
 class Region:
@@ -25,12 +26,13 @@ class Region:
 
     Attributes:
         area: the mean of its square: what part of the picture it is.
+        hard: as given.
     """
 
     def __init__(
         self, owner: str, mask: Tensor | Sequence[float], soft_edge: float, *, hard: bool = False
     ) -> None:
-        self._owner, self._mask, self._hard = owner, mask, hard
+        self._owner, self._mask, self.hard = owner, mask, hard
         self._soft_edge = 0.0 if hard else soft_edge
         self.of = lru_cache(maxsize=4)(self._of)
         covered = self._covered((SIDE, SIDE))
@@ -45,7 +47,7 @@ class Region:
             SettingsError: it is hard, and covers no cell by more than half.
         """
         covered = self._covered(size)
-        if not self._hard:
+        if not self.hard:
             return covered.float()
         if not (covered > 0.5).any():
             raise SettingsError(
@@ -113,9 +115,17 @@ def covered(edges: Tensor, cells: int, deviation: float = 0.0) -> Tensor:
     parts = borders.clamp(edges[:-1], edges[1:]).diff(dim=0)
     if not deviation:
         return parts
-    # The integral of the normal distribution is max(x, 0) plus this, which is 0 far from 0.
-    x = ((borders - edges) / deviation).abs()
-    density = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
-    faded = deviation * (density - x * torch.special.ndtr(-x)).diff(dim=0)  # (cells, intervals + 1)
+    # The integral of the distribution is max(x, 0) plus this, which is 0 beyond its reach.
+    x = ((borders - edges) / deviation).abs().clamp(max=REACH)
+    end = torch.tensor(REACH).to(x)
+    tail = _tail(x) - _tail(end) - torch.special.ndtr(-end) * (end - x)
+    faded = deviation / torch.special.erf(end / 2**0.5) * tail.diff(dim=0)
     faded = torch.where((edges <= 0) | (edges >= cells), 0, faded)
     return (parts - faded.diff(dim=1)).clamp(0, 1)
+
+
+def _tail(x: Tensor) -> Tensor:
+    """The integral of the normal distribution's upper tail from x on."""
+    density = torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
+    tail: Tensor = density - x * torch.special.ndtr(-x)
+    return tail

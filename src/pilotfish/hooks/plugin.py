@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 from pydantic import Field as Setting
 
-from ..errors import InputError, PluginError, SettingsError
+from ..errors import DefinitionError, InputError, PluginError, SettingsError, explain, in_utf8
 from .area import Area
 from .specs import KINDS, hookimpl
 
@@ -23,13 +23,26 @@ if TYPE_CHECKING:
 __all__ = ["Guide", "Plugin", "Setting", "guide"]
 
 
+def implemented(plugin: object) -> list[str]:
+    """The hooks that a plugin, or its class, implements."""
+    return [hook for hook in KINDS if hasattr(getattr(plugin, hook, None), "pilotfish_impl")]
+
+
+def near_hooks(name: str, cutoff: float = 0.8) -> list[str]:
+    """The hooks whose names a method's name is near to: a typo of, or some of the same words."""
+    words = set(name.split("_"))
+    same = [hook for hook in KINDS if words & set(hook.split("_"))] if cutoff < 0.8 else []
+    turned = [hook for hook in KINDS if words == set(hook.split("_"))]
+    return turned or difflib.get_close_matches(name, KINDS, n=1, cutoff=cutoff) or same
+
+
 def refuse_near_miss(owner: str, name: str) -> None:
     """Raise where a public method's name is nearly a hook's: a typo would be silent."""
-    near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.8)
-    if near:
-        raise TypeError(
+    if near := near_hooks(name):
+        raise DefinitionError(
             f"{owner}.{name} is not a hook. Did you mean {near[0]!r}? "
-            f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}"
+            f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}",
+            plugin=owner,
         )
 
 
@@ -41,7 +54,8 @@ class Plugin:
 
     Raises:
         SettingsError: a setting is unknown or out of range.
-        TypeError: at class definition, where a method's name is nearly, but not quite, a hook's.
+        DefinitionError: at class definition, where a method's name is nearly, but not quite, a
+            hook's, a hook is no plain method, or `Settings` inherits from the wrong class.
     """
 
     class Settings(pydantic.BaseModel):
@@ -50,6 +64,8 @@ class Plugin:
         model_config = pydantic.ConfigDict(
             extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
         )
+
+        _in_utf8 = pydantic.field_validator("*")(in_utf8)
 
     settings: Any
 
@@ -61,11 +77,30 @@ class Plugin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._check_settings()
         for name, member in vars(cls).items():
-            if name in KINDS and inspect.isfunction(member):
+            if name in KINDS and not inspect.isfunction(member):
+                raise DefinitionError(
+                    f"{cls.__qualname__}.{name} is a {type(member).__name__}; a hook is a plain "
+                    f"method: def {name}(self, ...)",
+                    plugin=cls.__qualname__,
+                )
+            if name in KINDS:
                 hookimpl(member)
             elif inspect.isfunction(member) and not name.startswith("_"):
                 refuse_near_miss(cls.__qualname__, name)
+
+    @classmethod
+    def _check_settings(cls) -> None:
+        """A guide's settings without `scale` would fail much later."""
+        owner = next(k for k in cls.__mro__ if k.__name__ in ("Plugin", "Guide") and k is not cls)
+        expected = vars(owner)["Settings"]
+        if not (inspect.isclass(cls.Settings) and issubclass(cls.Settings, expected)):
+            raise DefinitionError(
+                f"{cls.__qualname__}.Settings must inherit from {owner.__name__}.Settings; write "
+                f"class Settings({owner.__name__}.Settings): ...",
+                plugin=cls.__qualname__,
+            )
 
     def __repr__(self) -> str:
         given = self.settings.model_dump(exclude_defaults=True)
@@ -170,35 +205,54 @@ def check_name(name: str) -> str:
 
 
 def explain_settings(plugin: type[Plugin], error: pydantic.ValidationError) -> str:
-    """One line per wrong setting: what was expected, what came; then what there is."""
+    """What is wrong with each setting; then what there is."""
     known = plugin.Settings.model_fields
-    lines = []
-    for problem in error.errors():
-        name = ".".join(str(part) for part in problem["loc"]) or "settings"
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(name, known, n=1)
-            lines.append(f"no setting {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
-        elif problem["type"] == "missing":
-            lines.append(f"{name} must be given ({known[name].description}).")
-        else:
-            message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            lines.append(f"{name} must be {message}; got {problem['input']!r}.")
-    return f"{plugin.__name__}: {' '.join(lines)} Settings: {', '.join(known) or 'none'}"
+    problems = explain(error, known, "setting")
+    return f"{plugin.__name__}: {problems} Settings: {', '.join(known) or 'none'}"
 
 
 def check_instance(plugin: object, name: str) -> None:
-    """Check a bare object with `@hookimpl` methods as strictly as a `Plugin` subclass."""
+    """Refuse what can never act: a class, an object without hooks, one that was never set up.
+
+    Raises:
+        PluginError: says what to write instead.
+    """
+    kind = type(plugin).__name__
     if isinstance(plugin, type):
         raise PluginError(
             f"plugin {name!r}: got the class {plugin.__qualname__}; "
             f"pass an instance: {plugin.__name__}(...)",
             plugin=name,
         )
-    if not isinstance(plugin, Plugin) and not any(
-        hasattr(getattr(plugin, hook, None), "pilotfish_impl") for hook in KINDS
-    ):
+    hooks = implemented(plugin)
+    if isinstance(plugin, Plugin):
+        if "settings" not in vars(plugin):
+            raise PluginError(
+                f"plugin {name!r}: {kind}.__init__ sets no settings; begin it with "
+                "super().__init__(**settings)",
+                plugin=name,
+            )
+        if not hooks:
+            raise PluginError(
+                f"plugin {name!r}: {kind} implements no hook.{_hint(plugin)}", plugin=name
+            )
+    elif not hooks:
         raise PluginError(
-            f"plugin {name!r}: {type(plugin).__name__} implements no hook. Inherit from "
+            f"plugin {name!r}: {kind} implements no hook. Inherit from "
             "pilotfish.Plugin or mark its methods with @pilotfish.hookimpl.",
             plugin=name,
         )
+    if isinstance(plugin, Guide) and "loss_guidance" not in hooks and (hint := _hint(plugin)):
+        raise PluginError(
+            f"plugin {name!r}: {kind} is a Guide without loss_guidance().{hint}", plugin=name
+        )
+
+
+def _hint(plugin: object) -> str:
+    """The hooks that its own methods' names are near to; empty where none is."""
+    own = [n for k in type(plugin).__mro__ if k not in (Guide, Plugin, object) for n in vars(k)]
+    names = [n for n in own if n not in KINDS and callable(getattr(plugin, n))]
+    for name in (n for n in names if not n.startswith("__") and n != "Settings"):
+        if near := near_hooks(name.strip("_"), 0.5):
+            return f" Did you mean {' or '.join(near[:2])} where it has {name}()?"
+    return f" Hooks: {', '.join(KINDS)}" if not isinstance(plugin, Guide) else ""

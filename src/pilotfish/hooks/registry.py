@@ -23,13 +23,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, PilotfishError, PluginError, unknown
-from .plugin import Plugin, check_instance, check_name
+from .plugin import Plugin, check_instance, check_name, guide, implemented
+from .use import parse_use
 
 LIMIT = "PILOTFISH_PLUGINS"
 PLUGIN_GROUP = "pilotfish.plugins"
 MODEL_GROUP = "pilotfish.models"
 COMMAND_GROUP = "pilotfish.commands"
-KINDS = {PLUGIN_GROUP: "plugin", MODEL_GROUP: "model", COMMAND_GROUP: "command"}
+FAMILY_GROUP = "pilotfish.families"
+KINDS = {
+    PLUGIN_GROUP: "plugin",
+    MODEL_GROUP: "model",
+    COMMAND_GROUP: "command",
+    FAMILY_GROUP: "model family",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Entry:
 def installed(group: str = PLUGIN_GROUP) -> dict[str, list[Installed]]:
     """What is installed, by name; a name with two entries is claimed by two distributions."""
     found: dict[str, list[Installed]] = {}
-    wanted = limit() if group != MODEL_GROUP else None
+    wanted = limit() if group in (PLUGIN_GROUP, COMMAND_GROUP) else None
     for entry in _entry_points(group):
         if wanted is None or entry.name in wanted:
             found.setdefault(entry.name, []).append(_describe(entry))
@@ -128,7 +135,7 @@ def load_object(target: str, owner: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except Exception as error:  # whatever a foreign module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever a foreign module raises on import
         raise PluginError(
             f"{owner} does not import: {type(error).__name__}: {error}. "
             "Reinstall or uninstall its package; `pilotfish doctor` tells more.",
@@ -180,7 +187,7 @@ def _class_in_file(path: Path, name: str) -> type[Any]:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever the user's file raises
+        except (Exception, SystemExit) as error:  # whatever the user's file raises
             del sys.modules[module_name]
             raise PluginError(
                 f"plugin file {path} does not import: {type(error).__name__}: {error}",
@@ -203,8 +210,8 @@ def resolve(item: object) -> Entry:
     """One item of a `plugins` list as an instance.
 
     Args:
-        item: a plugin instance, a string `use:setting=value,...`, or a mapping with `use`,
-            optionally `name`, and the settings.
+        item: a plugin instance, a string `use:setting=value,...`, a mapping with `use`, optionally
+            `name`, and the settings, or a function: see `guide`.
 
     Raises:
         InputError, SettingsError, PluginError: nothing is named so, or it cannot be made.
@@ -217,6 +224,8 @@ def resolve(item: object) -> Entry:
         if not isinstance(settings.get("use"), str):
             raise InputError(f"a plugin table needs `use`, the plugin's name; got {dict(item)!r}")
         return _make(settings.pop("use"), settings.pop("name", None), settings)
+    if callable(item) and not inspect.isclass(item) and not implemented(item):
+        item = guide(item)
     check_instance(item, type(item).__name__)
     return Entry(item, use=use_of(type(item)), version=_version(use_of(type(item))))
 
@@ -229,7 +238,7 @@ def _make(use: str, name: str | None, settings: Mapping[str, Any]) -> Entry:
         plugin = loaded(**settings)
     except PilotfishError:
         raise
-    except Exception as error:  # a plugin is foreign code
+    except (Exception, SystemExit) as error:  # a plugin is foreign code
         raise PluginError(
             f"plugin {use!r} cannot be made: {type(error).__name__}: {error}", plugin=use
         ) from error
@@ -256,69 +265,3 @@ def use_of(plugin: type[Any]) -> str:
     if plugin.__module__.startswith("pilotfish_file_"):
         return f"{inspect.getfile(plugin)}:{plugin.__qualname__}"
     return target
-
-
-def parse_use(text: str) -> tuple[str, dict[str, Any]]:
-    """Split `use:setting=value,...` into the plugin's name and its settings.
-
-    Values: `'quoted'` or `"quoted"` text, `[a, b]`, `{key=value}`; everything else stays text for
-    the plugin's settings to convert. Commas and colons inside quotes and brackets do not split.
-
-    Raises:
-        InputError: a quote or bracket is not closed, or a setting has no `=`.
-    """
-    parts = split_outside(text, ":", limit=3)
-    use = parts.pop(0).strip()
-    if parts and "=" not in split_outside(parts[0], ",")[0]:
-        use += ":" + parts.pop(0).strip()
-    settings_text = ":".join(parts)
-    if not use:
-        raise InputError(f"expected NAME or NAME:setting=value,...; got {text!r}")
-    settings = {}
-    for part in split_outside(settings_text, ",") if settings_text.strip() else []:
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"expected setting=value in {text!r}; got {part!r}")
-        if key.strip() in settings:
-            raise InputError(f"setting {key.strip()!r} is given twice in {text!r}")
-        settings[key.strip()] = parse_value(value.strip())
-    return use, settings
-
-
-def parse_value(text: str) -> Any:
-    """A setting's value as written on the command line: quoted text, list, mapping, or text."""
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    if text.startswith("[") and text.endswith("]"):
-        inner = text[1:-1].strip()
-        return [parse_value(part.strip()) for part in split_outside(inner, ",")] if inner else []
-    if text.startswith("{") and text.endswith("}"):
-        pairs = [split_outside(part, "=", limit=2) for part in split_outside(text[1:-1], ",")]
-        if any(len(pair) != 2 for pair in pairs):
-            raise InputError(f"expected {{key=value, ...}}; got {text!r}")
-        return {str(parse_value(k.strip())): parse_value(v.strip()) for k, v in pairs}
-    return text
-
-
-def split_outside(text: str, separator: str, limit: int = 0) -> list[str]:
-    """Split at a separator that is not inside quotes or brackets; at most `limit` parts.
-
-    A quote opens only where a value begins, so that an apostrophe inside a word is text.
-    """
-    parts: list[str] = []
-    depth, quote, start = 0, "", 0
-    for position, char in enumerate(text):
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"" and text[:position].rstrip()[-1:] in ("", "=", ",", "[", "{", ":"):
-            quote = char
-        elif char in "[{":
-            depth += 1
-        elif char in "]}":
-            depth -= 1
-        elif char == separator and depth == 0 and (not limit or len(parts) < limit - 1):
-            parts.append(text[start:position])
-            start = position + 1
-    if quote or depth:
-        raise InputError(f"a quote or bracket is not closed in {text!r}")
-    return [*parts, text[start:]]

@@ -9,9 +9,12 @@ use. Plugins run in the order in which the user listed them; nothing else decide
 * **first**: the first answer that is not `None` wins; the core's own answer comes last.
 * **notify**: returns nothing.
 
-All hooks run under `torch.no_grad()`, except `loss_guidance`, and except `combine_predictions` and
-`on_predicted_x0` in a step whose gradient goes through the network: there they must stay
-differentiable.
+Every hook may also take `state`: what the plugin's own `setup` returned in this run. One plugin can
+serve several runs at a time, so what belongs to a run is kept there, not in the plugin.
+
+All hooks run under `torch.no_grad()`, except `loss_guidance`, and except `network_inputs`,
+`combine_predictions` and `on_predicted_x0` in a step whose gradient goes through the network: there
+they must stay differentiable.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-    from ..models.text import Embedding
+    from ..models.protocol import Embedding
     from ..runs.run import Run
     from ..sampling.start import Start
     from ..sampling.step import Step
@@ -36,17 +40,25 @@ hookimpl = pluggy.HookimplMarker("pilotfish")
 
 
 @hookspec
-def setup(run: Run) -> None:
-    """Notify, once, before anything else of the run: load what the plugin needs."""
+def setup(run: Run) -> Any:
+    """Once, before anything else of the run: load what the plugin needs.
+
+    Returns:
+        The plugin's state of this run, which its hooks get as `state`; any object, or None.
+    """
 
 
 @hookspec
-def teardown(run: Run) -> None:
-    """Notify, once, in reverse order: free what `setup` loaded. Called also when the run raised."""
+def teardown(run: Run, state: Any) -> None:
+    """Notify, once, in reverse order: free what `setup` loaded. Called also when the run raised.
+
+    Args:
+        state: None also where `setup` has not run, because a plugin before this one failed.
+    """
 
 
 @hookspec
-def vocabulary(run: Run) -> dict[str, Any] | None:
+def vocabulary(run: Run, state: Any) -> dict[str, Any] | None:
     """Collect, once, before tokenising: new words for this run only.
 
     Returns:
@@ -57,7 +69,7 @@ def vocabulary(run: Run) -> dict[str, Any] | None:
 
 
 @hookspec
-def prompt_transform(prompt: str, run: Run) -> str | None:
+def prompt_transform(prompt: str, run: Run, state: Any) -> str | None:
     """Chain, once for the prompt, before tokenising: text -> text. Not for the negative prompt."""
 
 
@@ -67,6 +79,7 @@ def embedding_transform(
     run: Run,
     step: Step | None,
     encode: Callable[[str], Embedding] | None,
+    state: Any,
 ) -> Embedding | None:
     """Chain, once at each stage for each of prompt and negative prompt, and each text encoder.
 
@@ -89,7 +102,7 @@ def embedding_transform(
 
 
 @hookspec
-def start_latents(run: Run, start: Start) -> tuple[Tensor, int] | None:
+def start_latents(run: Run, start: Start, state: Any) -> tuple[Tensor, int] | None:
     """First, once: where the run starts. The core's answer is pure noise at step 0.
 
     Args:
@@ -101,7 +114,7 @@ def start_latents(run: Run, start: Start) -> tuple[Tensor, int] | None:
 
 
 @hookspec
-def before_step(step: Step) -> Tensor | None:
+def before_step(step: Step, state: Any) -> Tensor | None:
     """Chain, each step, before the network: new latents (B, C, H, W) for `step.latents`.
 
     `step.latents` already holds what the plugins before this one answered.
@@ -109,28 +122,56 @@ def before_step(step: Step) -> Tensor | None:
 
 
 @hookspec
-def combine_predictions(cond: Tensor, uncond: Tensor | None, step: Step) -> Tensor | None:
-    """First, each step: the guided prediction from the network's two.
+def network_inputs(inputs: Mapping[str, Any], step: Step, state: Any) -> Mapping[str, Any] | None:
+    """Chain, before each call of the network: keyword arguments that are added to the call.
 
-    The core's answer is classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, in
-    diffusers' convention): `uncond + guidance_scale * (cond - uncond)`.
+    Residuals of a ControlNet, image embeddings and the like: named as the network names them, and
+    as long as what it gets: `step.network_latents` (N, C, H, W), scaled, and `step.conditioning`.
+    Under classifier-free guidance N is 2B, the negative prompt's half first.
 
     Args:
-        cond: prediction for the prompt, (B, C, H, W), in the model's own prediction type.
-        uncond: prediction for the negative prompt; None where `guidance_scale` is 1 or less.
+        inputs: what the plugins before this one added; `{}` at first.
     """
 
 
 @hookspec
-def on_predicted_x0(x0: Tensor, step: Step) -> Tensor | None:
-    """Chain, each step: predicted clean latents (B, C, H, W), float32 -> the same shape.
+def around_network(step: Step, state: Any) -> AbstractContextManager[Any] | None:
+    """Collect, around each call of the network in this run, and in no other: a context manager.
+
+    What it changes in `step.run.model.denoiser` (attention processors, adapters, hooks), which is
+    this run's own copy of the modules over the shared weights, it undoes when it is left. Where
+    layers are computed again for a gradient, it is asked once more.
+    """
+
+
+@hookspec
+def combine_predictions(
+    prediction: Tensor, cond: Tensor, uncond: Tensor | None, step: Step, state: Any
+) -> Tensor | None:
+    """Chain, each step, after the network: the guided prediction.
+
+    It begins with the family's classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598; for
+    Stable Diffusion `uncond + guidance_scale * (cond - uncond)`), so that several plugins stack in
+    the user's order. `step.predict` gives further predictions to combine.
+
+    Args:
+        prediction: (B, C, H, W), in the model's own prediction type, as the plugins before this
+            one left it.
+        cond: the network's prediction for the prompt, (B, C, H, W).
+        uncond: that for the negative prompt; None where `guidance_scale` is 1 or less.
+    """
+
+
+@hookspec
+def on_predicted_x0(x0: Tensor, step: Step, state: Any) -> Tensor | None:
+    """Chain, each step, when x0 is known: clean latents (B, C, H, W), float32 -> the same shape.
 
     The scheduler then continues from the changed x0.
     """
 
 
 @hookspec
-def loss_guidance(step: Step) -> Tensor | None:
+def loss_guidance(step: Step, state: Any) -> Tensor | None:
     """Collect, each step on which the guide is active: what the guide wants lower.
 
     Runs under `torch.enable_grad()`. `step.x0`, `step.rgb` and `step.image` are float32 leaves:
@@ -142,13 +183,23 @@ def loss_guidance(step: Step) -> Tensor | None:
 
 
 @hookspec
-def advance(step: Step) -> Tensor | None:
+def advance(step: Step, state: Any) -> Tensor | None:
     """First, each step, last: the next latents. The core's answer is `scheduler.step`."""
 
 
 @hookspec
-def after_step(step: Step) -> None:
+def after_step(step: Step, state: Any) -> None:
     """Notify, each step, when it is done: previews, logs. `step.stop()` ends the run early."""
+
+
+@hookspec
+def resample(step: Step, state: Any) -> Sequence[int] | Tensor | None:
+    """First, each step, after `after_step`: which images go on, and in whose place (particles).
+
+    Returns:
+        (B,) indices: place i goes on as image `indices[i]` has come so far. Latents, the random
+        generators of the run and of all plugins, and the scheduler's history follow.
+    """
 
 
 KINDS = {
@@ -159,9 +210,12 @@ KINDS = {
     "embedding_transform": "chain",
     "start_latents": "first",
     "before_step": "chain",
-    "combine_predictions": "first",
+    "network_inputs": "chain",
+    "around_network": "collect",
+    "combine_predictions": "chain",
     "on_predicted_x0": "chain",
     "loss_guidance": "collect",
     "advance": "first",
     "after_step": "notify",
+    "resample": "first",
 }

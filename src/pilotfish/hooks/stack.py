@@ -6,9 +6,10 @@ returned what. So calls are folded here over its `get_hookimpls()`, in the user'
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,7 @@ import pluggy
 from torch import Tensor
 
 from ..errors import InputError, PilotfishError, PluginError
-from . import specs as hookspecs
+from . import specs
 from .plugin import Plugin
 from .registry import Entry, resolve
 
@@ -54,21 +55,28 @@ class Stack:
     def __init__(self, items: Sequence[object] = ()) -> None:
         if isinstance(items, str) or not isinstance(items, Sequence):
             raise InputError(f"plugins must be a list; got {items!r}")
-        self.entries = by_name([resolve(item) for item in items])
+        entries = [item if isinstance(item, Entry) else resolve(item) for item in items]
+        self.entries = by_name(entries)
         self._manager = pluggy.PluginManager("pilotfish")
-        self._manager.add_hookspecs(hookspecs)
+        self._manager.add_hookspecs(specs)
         for name, entry in self.entries.items():
             self._register(name, entry)
         self._check_pending()
-        self.calls = {hook: self._calls(hook) for hook in hookspecs.KINDS}
+        self.calls = {hook: self._calls(hook) for hook in specs.KINDS}
+        self._states: dict[str, Any] = {}
+
+    def without(self, names: Collection[str]) -> Stack:
+        """The same plugins, under the same names, but for some."""
+        entries = self.entries.items()
+        return Stack([dataclasses.replace(e, name=n) for n, e in entries if n not in names])
 
     def _register(self, name: str, entry: Entry) -> None:
         try:
             self._manager.register(entry.plugin, name)
         except pluggy.PluginValidationError as error:
-            hooks = [hook for hook in hookspecs.KINDS if f"hook {hook!r}" in str(error)]
+            hooks = [hook for hook in specs.KINDS if f"hook {hook!r}" in str(error)]
             takes = "".join(
-                f". {h} takes: {', '.join(inspect.signature(getattr(hookspecs, h)).parameters)}"
+                f". {h} takes: {', '.join(inspect.signature(getattr(specs, h)).parameters)}"
                 for h in hooks
             )
             raise PluginError(
@@ -85,7 +93,7 @@ class Stack:
         except pluggy.PluginValidationError as error:
             name = str(self._manager.get_name(error.plugin))
             raise PluginError(
-                f"{self.label(name)}: {error}. Hooks: {', '.join(hookspecs.KINDS)}", plugin=name
+                f"{self.label(name)}: {error}. Hooks: {', '.join(specs.KINDS)}", plugin=name
             ) from error
 
     def _calls(self, hook: str) -> tuple[Call, ...]:
@@ -127,17 +135,23 @@ class Stack:
 
     def call(self, call: Call, values: dict[str, Any], where: str = "") -> Any:
         """One plugin's answer; whatever it raises names the plugin, the hook and the step."""
+        values["state"] = self._states.get(call.name)
         try:
             return call(values)
         except PilotfishError:
             raise
-        except Exception as error:  # a plugin is foreign code
+        except (Exception, SystemExit) as error:  # a plugin is foreign code
             raise PluginError(
                 f"{self.label(call.name)}: {call.hook}() raised {type(error).__name__}: "
                 f"{error}{where}",
                 plugin=call.name,
                 hook=call.hook,
             ) from error
+
+    def setup(self, arguments: Arguments) -> None:
+        """Set all up, in order; what each answers is its state."""
+        for call in self.calls["setup"]:
+            self._states[call.name] = self.call(call, arguments(call.name, None))
 
     def notify(self, hook: str, arguments: Arguments, where: str = "") -> None:
         """Call all, in order."""
@@ -173,10 +187,14 @@ class Stack:
                 value = answer
         return value
 
-    def collect(self, hook: str, arguments: Arguments) -> list[tuple[str, Any]]:
-        """All answers that are not `None`, each with the plugin's name."""
-        answers = [(c.name, self.call(c, arguments(c.name, None))) for c in self.calls[hook]]
-        return [(name, answer) for name, answer in answers if answer is not None]
+    def collect(
+        self, hook: str, arguments: Arguments, where: str = ""
+    ) -> Iterator[tuple[str, Any]]:
+        """All answers that are not `None`, one after the other, each with the plugin's name."""
+        for call in self.calls[hook]:
+            answer = self.call(call, arguments(call.name, None), where)
+            if answer is not None:
+                yield call.name, answer
 
     def teardown(self, arguments: Arguments) -> None:
         """Tear all down, in reverse, whatever they raise; then raise the first error."""

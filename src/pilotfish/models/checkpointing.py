@@ -8,17 +8,21 @@ than the layers' inputs, and what is in memory while one is computed again is li
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+AUTO_PARAMETERS = 100_000_000  # below, activations fit anyway and speed counts
 
 # diffusers' classes by name: a block without attention, and the layers of the others.
 PARTS = {
     *("DownBlock2D", "UpBlock2D", "ResnetBlock2D", "Attention", "Upsample2D", "Downsample2D"),
     "BasicTransformerBlock",
 }
+
+Again = Callable[[], contextlib.AbstractContextManager[Any] | None]
 
 
 def parts(network: Any) -> list[Any]:
@@ -33,28 +37,33 @@ def _is_short_transformer(module: Any) -> bool:
     return type(module).__name__ == "Transformer2DModel" and len(module.transformer_blocks) == 1
 
 
-@contextlib.contextmanager
-def checkpointed(modules: list[Any]) -> Iterator[None]:
-    """Modules that keep only their inputs for the gradient while the context lasts."""
-    # In `vars`, because a module's own way to set an attribute takes long, and this is every step.
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        vars(module)["forward"] = _computed_again(module.forward, module.training)
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            del vars(module)["forward"]
-            if own is not None:
-                vars(module)["forward"] = own
+def checkpoint_layers(network: Any, checkpointing: str, again: Again) -> None:
+    """Let a network's layers keep only their inputs for the gradient, from now on.
+
+    Args:
+        network: a copy of one run's own.
+        checkpointing, again: see `LatentDiffusion.differentiable`.
+    """
+    size = sum(parameter.numel() for parameter in network.parameters())
+    if checkpointing == "on" or (checkpointing == "auto" and size > AUTO_PARAMETERS):
+        for module in parts(network):
+            vars(module)["forward"] = _computed_again(module.forward, module.training, again)
 
 
-def _computed_again(forward: Callable[..., Any], draws: bool) -> Callable[..., Any]:
+def _computed_again(forward: Callable[..., Any], draws: bool, again: Again) -> Callable[..., Any]:
     """A module's `forward`; one that draws (dropout in training) must draw the same again."""
 
     def keeping_inputs(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        around = again() if torch.is_grad_enabled() else None
+        if around is None:
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=draws,
+            context_fn=lambda: (contextlib.nullcontext(), around),
+            **kwargs,
+        )
 
     return keeping_inputs

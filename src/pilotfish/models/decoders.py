@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32
-from .torchvision import mend_torchvision
-
-mend_torchvision()
-
-import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
+from .schedulers import diffusers
 
 
 def enlarged(rgb: Tensor, factor: int) -> Tensor:
@@ -29,6 +26,35 @@ def _interpolation(length: int, factor: int) -> Tensor:
     """(length, factor * length): linear interpolation as a matrix."""
     unit = torch.eye(length)[None]
     return torch.nn.functional.interpolate(unit, scale_factor=factor, mode="linear")[0]
+
+
+@torch.no_grad()
+def fit_rgb(encode: Callable[[Tensor], Tensor], factor: int) -> Tensor:
+    """(C + 1, 3): least squares from latents (and 1) to average-pooled pixels.
+
+    Fitted once per VAE on smooth random colour fields, so that it needs no pictures.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(24, 3, 4, 4, generator=generator)
+    size = 16 * factor
+    image = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    latents = encode(image.clamp(0, 1)).float().cpu()
+    pooled = torch.nn.functional.avg_pool2d(image, factor)
+    columns = latents.movedim(1, -1).flatten(0, 2)  # (pixels, C)
+    columns = torch.cat([columns, torch.ones(len(columns), 1)], dim=1)
+    colors = pooled.movedim(1, -1).flatten(0, 2)
+    # A little ridge: latents are of size one, and an untrained VAE's carry next to nothing.
+    ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1])
+    ridge[-1, -1] = 0
+    matrix: Tensor = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
+    return matrix
+
+
+def linear(matrix: Tensor, latents: Tensor) -> Tensor:
+    """Colours (B, 3, H, W), float32, from latents (B, C, H, W) by the matrix of `fit_rgb`."""
+    matrix = matrix.to(latents.device)
+    colors = torch.einsum("bchw,cr->brhw", latents.float(), matrix[:-1])
+    return colors + matrix[-1].view(1, 3, 1, 1)
 
 
 def locate_tiny(place: str, folder: Path | None) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError, ModelError, unknown
+from ..errors import InputError, ModelError, PilotfishError, unknown
 from ..hooks import registry
-from .stable_diffusion import StableDiffusion
+from .protocol import LatentDiffusion
+from .schedulers import diffusers
+
+import transformers  # isort: skip  # after torchvision is mended
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -20,33 +26,65 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     **options: Any,
-) -> StableDiffusion:
+) -> LatentDiffusion:
     """Load the networks; see `pilotfish.load`."""
-    import diffusers  # `model` has mended torchvision by now
-
     device, target, number_format = parse_device(device), locate(model), parse_dtype(dtype)
-    try:
-        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
-            target,
-            dtype=number_format,
-            safety_checker=None,
-            requires_safety_checker=False,
-            **options,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
+    with _quiet():
+        try:
+            # The model's index alone: what cannot be used is not downloaded.
+            index = diffusers.DiffusionPipeline.load_config(target, **_place(options))
+            family = family_of(str(index.get("_class_name", "")), f"model {str(model or target)!r}")
+            kind = getattr(diffusers, index["_class_name"])
+            options = {"dtype": number_format, **family.pipeline_options, **options}
+            pipeline = kind.from_pretrained(target, **options)
+        except (OSError, ValueError) as error:
+            if isinstance(error, PilotfishError):
+                raise
+            raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    networks = StableDiffusion(pipeline.to(device), id=str(model) if model else "emoji")
-    for network in (networks.unet, networks.vae, networks.text_encoder):
-        network.requires_grad_(False)
-    return networks
+    return adapt(pipeline.to(device), id=str(model) if model else "emoji")
+
+
+def _place(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What says where to find a model."""
+    names = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+    return {name: options[name] for name in names if name in options}
+
+
+def adapt(pipeline: Any, id: str | None = None) -> LatentDiffusion:
+    """The networks of a pipeline as the engine uses them.
+
+    Raises:
+        ModelError: no family takes pipelines of this kind, or it refuses this one.
+    """
+    known = registry.installed(registry.FAMILY_GROUP)
+    names = [kind.__name__ for kind in type(pipeline).__mro__]
+    name = next((name for name in names if name in known), names[0])
+    adapted: LatentDiffusion = family_of(name, "this pipeline")(pipeline, id)
+    return adapted
+
+
+def family_of(name: str, owner: str) -> Any:
+    """The adapter for pipelines of that class name.
+
+    Raises:
+        ModelError: there is none; names those that there are.
+    """
+    known = registry.installed(registry.FAMILY_GROUP)
+    if name not in known:
+        raise ModelError(
+            f"{owner} is a {name or 'pipeline without a name'}, and no model family here takes "
+            f"that. Families: {', '.join(known)}"
+        )
+    return registry.load_object(registry.find(name, registry.FAMILY_GROUP).target, f"family {name}")
 
 
 def locate(model: str | Path | None) -> str:
     """A folder or hub id: the one given, or an installed model's folder (default: "emoji").
 
     Raises:
-        InputError: no model was named and the one that ships is not installed.
+        InputError: there is no such folder, it is a file, or no model was named and the one that
+            ships is not installed.
     """
     name = "emoji" if model is None else str(model)
     if name in registry.installed(registry.MODEL_GROUP):
@@ -57,9 +95,17 @@ def locate(model: str | Path | None) -> str:
             "the model that ships is not installed: pip install pilotfish-emoji "
             "(or name another one: a diffusers folder or a hub id)"
         )
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    place = Path(os.path.expanduser(name))
+    if place.is_file() or place.suffix in (".safetensors", ".ckpt", ".bin"):
+        what = "is one file" if place.is_file() else "would be one file, and does not exist"
+        raise InputError(
+            f"{name} {what}; pilotfish loads a folder in the diffusers layout, or a hub id. Make "
+            f"one of a whole checkpoint: diffusers.StableDiffusionPipeline.from_single_file("
+            f"{str(place)!r}).save_pretrained('FOLDER')"
+        )
+    if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    return str(place) if place.is_dir() else name
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
@@ -75,17 +121,21 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def quiet() -> None:
-    """For programs: no bars and no advice from diffusers and transformers while they load.
-
-    Downloads, which take long, keep their bars.
-    """
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no advice from diffusers and transformers; downloads keep their bars."""
+    loggers = [library.utils.logging for library in (diffusers, transformers)]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in loggers]
+    for log in loggers:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (verbosity, bars) in zip(loggers, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

@@ -1,11 +1,16 @@
-"""Schedulers of diffusers, by name."""
+"""Schedulers of diffusers: by name, as objects, and as a run file holds them."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import torch
 
 from ..errors import InputError, unknown
 from .torchvision import mend_torchvision
@@ -15,53 +20,97 @@ mend_torchvision()
 import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
 from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 
+NONE = "none"  # TOML has no null
+
 
 def new(spec: Any, own: Any) -> Any:
     """A fresh scheduler, made from a configuration; nothing is shared with another run.
 
     Args:
-        spec: None for the model's own, a short name ("lms"), a class name, a diffusers
-            scheduler, or a mapping with `name` and configuration.
+        spec: None for the model's own, a short name ("lms"), a class name of diffusers or
+            `module:Class`, a scheduler of diffusers' kind, or a mapping with `name` and
+            configuration.
 
     Raises:
-        InputError: there is no such scheduler, or its own package is missing.
+        InputError: there is no such scheduler, it cannot be made so, or its own package is missing.
     """
     if spec is None:
-        return type(own).from_config(own.config)
-    if isinstance(spec, str | Mapping):
-        config = {"name": spec} if isinstance(spec, str) else dict(spec)
-        scheduler = named(config.pop("name", ""))
-        if "clip_sample" in inspect.signature(scheduler).parameters:
-            # Some schedulers clip where the model's configuration is silent; latents never are.
-            config.setdefault("clip_sample", own.config.get("clip_sample", False))
-        return scheduler.from_config(own.config, **config)
+        spec = own
     if isinstance(spec, diffusers.SchedulerMixin):
-        return type(spec).from_config(spec.config)
-    raise InputError(f"scheduler must be a name or a diffusers scheduler; got {spec!r}")
+        return _same(spec)
+    if not isinstance(spec, str | Mapping):
+        raise InputError(f"scheduler must be a name or a diffusers scheduler; got {spec!r}")
+    config = {"name": spec} if isinstance(spec, str) else dict(spec)
+    scheduler = named(config.pop("name", ""))
+    config = {key: None if value == NONE else value for key, value in config.items()}
+    takes = inspect.signature(scheduler).parameters
+    if wrong := sorted(config.keys() - takes.keys()):
+        raise unknown(f"setting of the scheduler {short_name(scheduler)}", wrong[0], takes)
+    if "clip_sample" in takes:
+        # Some schedulers clip where the model's configuration is silent; latents never are.
+        config.setdefault("clip_sample", own.config.get("clip_sample", False))
+    return _made(scheduler, own.config, config)
+
+
+def _same(scheduler: Any) -> Any:
+    made = _made(type(scheduler), scheduler.config, {})
+    for table in ("betas", "alphas_cumprod", "_shift"):
+        theirs, ours = getattr(scheduler, table, None), getattr(made, table, None)
+        if plain(theirs) != plain(ours):
+            raise InputError(
+                f"the {type(scheduler).__name__} has other {table.strip('_')} than its own "
+                "configuration gives: it was changed after it was made. Make it with what it "
+                "should have, so that a run can be repeated"
+            )
+    return made
+
+
+def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
+    try:
+        return scheduler.from_config(base, **config)
+    except Exception as error:  # whatever a class makes of foreign values
+        raise InputError(
+            f"cannot make the scheduler {short_name(scheduler)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     """A scheduler as a run file holds it: its name, and what differs from the model's."""
-    if spec is None:
-        return short_name(type(own).__name__)
-    if isinstance(spec, str):
-        return short_name(named(spec).__name__)
     scheduler = new(spec, own)
-    name = short_name(type(scheduler).__name__)
-    if isinstance(spec, Mapping):
-        return {**spec, "name": name}
-    usual = type(scheduler).from_config(own.config).config
+    name = short_name(type(scheduler))
+    usual = {key: plain(value) for key, value in new(name, own).config.items()}
     changed = {
-        key: value
-        for key, value in scheduler.config.items()
-        if value != usual.get(key) and not key.startswith("_")
+        key: NONE if value is None else value
+        for key, value in ((k, plain(v)) for k, v in scheduler.config.items())
+        if not key.startswith("_") and not _equal(value, usual.get(key))
     }
     return {"name": name, **changed} if changed else name
 
 
-def short_name(class_name: str) -> str:
-    """A scheduler's name here: `EulerAncestralDiscreteScheduler` -> `euler-ancestral`."""
-    name = re.sub("Scheduler|Discrete", "", class_name)
+def plain(value: Any) -> Any:
+    """A value of a configuration as TOML has it: arrays and tensors as lists of their numbers."""
+    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one + other)
+    return bool(one == other) or both_nan
+
+
+def short_name(scheduler: type[Any]) -> str:
+    """A scheduler's name here: `EulerAncestralDiscreteScheduler` -> `euler-ancestral`.
+
+    One that diffusers does not have is named `module:Class`.
+    """
+    if getattr(diffusers, scheduler.__name__, None) is not scheduler:
+        return f"{scheduler.__module__}:{scheduler.__qualname__}"
+    name = re.sub("Scheduler|Discrete", "", scheduler.__name__)
     return re.sub("(?<=.)(?=Multistep|Singlestep|Ancestral|SDE|Euler)", "-", name).lower()
 
 
@@ -69,7 +118,7 @@ def available() -> dict[str, type[Any]]:
     """Every scheduler that `StableDiffusionPipeline` accepts and that can be used here, by name."""
     classes = [getattr(diffusers, member.name) for member in KarrasDiffusionSchedulers]
     # Where a scheduler's own package is missing, diffusers puts a stand-in that is no scheduler.
-    return {short_name(c.__name__): c for c in classes if issubclass(c, diffusers.SchedulerMixin)}
+    return {short_name(c): c for c in classes if issubclass(c, diffusers.SchedulerMixin)}
 
 
 def named(name: str) -> type[Any]:
@@ -78,13 +127,30 @@ def named(name: str) -> type[Any]:
     Raises:
         InputError: there is none, with the nearest name and all choices.
     """
-    choices = available()
-    wanted = _letters(name)
+    choices, wanted = available(), _letters(name)
     exact = [c for c in choices if _letters(c) == wanted]
     found = exact or [c for c in choices if wanted and _letters(c).startswith(wanted)]
-    if len(found) != 1:
-        raise unknown("scheduler", name, choices)
-    return choices[found[0]]
+    if len(found) == 1:
+        return choices[found[0]]
+    if ":" in name:
+        return _imported(name)
+    for other in dir(diffusers):  # those that its pipelines do not offer
+        if wanted and other.endswith("Scheduler") and _letters(other) == wanted:
+            found_class: type[Any] = getattr(diffusers, other)
+            if issubclass(found_class, diffusers.SchedulerMixin):
+                return found_class
+    raise unknown("scheduler", name, choices)
+
+
+def _imported(name: str) -> type[Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        scheduler = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"no scheduler {name}: {error}") from error
+    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
+        raise InputError(f"{name} is no scheduler: expected a class of diffusers' SchedulerMixin")
+    return scheduler
 
 
 def _letters(name: str) -> str:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import tomllib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_origin
 
 from ..errors import InputError, unknown
 from ..guidance.presets import KNOBS, find_preset
 from ..hooks.plugin import Plugin
-from ..hooks.registry import Entry, parse_use, parse_value, use_of
+from ..hooks.registry import Entry, use_of
 from ..hooks.stack import by_name
-from .run import Options, Run
+from ..hooks.use import parse_use, parse_value
+from .run import KEYS
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
-TEXT_KEYS = (
-    *("prompt", "negative_prompt", "preset", "model", "dtype", "checkpointing", "on_error"),
-    "decoder",
-)
+TEXT_KEYS = {
+    *("model", "dtype", "preset"),
+    *(n for n, f in KEYS.items() if f.annotation is str or get_origin(f.annotation) is Literal),
+}
 
 
-def apply(change: str, content: dict[str, Any]) -> None:
-    """Change one value of a run's content: one of its own, a plugin's setting, a preset's knob.
+def changed(content: Mapping[str, Any], change: str) -> dict[str, Any]:
+    """A run's content with one value changed: its own, a plugin's setting, or a preset's knob.
 
     Args:
+        content: the keyword arguments of a sampler or the keys of a run file; stays as it is.
         change: `steps=20`, `plugins.NAME.SETTING=VALUE`, or `rho=0.5`.
-        content: changed in place; of its plugins, tables too.
 
     Raises:
         InputError: it has no `=`, or there is no such key or plugin.
@@ -34,21 +35,24 @@ def apply(change: str, content: dict[str, Any]) -> None:
     key, equals, value = change.partition("=")
     key, value = key.strip(), value.strip()
     if not equals:
-        raise InputError(f"--set takes KEY=VALUE, such as steps=20; got {change!r}")
+        raise InputError(f"a change is KEY=VALUE, such as steps=20; got {change!r}")
     if key.removeprefix("preset.") in KNOBS:
-        content["preset"] = _changed(content.get("preset", Run.preset), key, value)
-    elif key.startswith("plugins."):
+        return {
+            **content,
+            "preset": _preset(content.get("preset", KEYS["preset"].default), key, value),
+        }
+    if key.startswith("plugins."):
         name, _, setting = key.removeprefix("plugins.").rpartition(".")
         if not name:
-            raise InputError(f"--set takes plugins.NAME.SETTING=VALUE; got {change!r}")
-        _change_plugin(content["plugins"], name, setting, parse_value(value))
-    else:
-        content[_known_key(key)] = _toml_value(key, value)
+            raise InputError(f"a change is plugins.NAME.SETTING=VALUE; got {change!r}")
+        plugins = _plugins(content.get("plugins", ()), name, setting, parse_value(value))
+        return {**content, "plugins": plugins}
+    return {**content, _known_key(key): _toml_value(key, value)}
 
 
-def _change_plugin(plugins: list[Any], name: str, setting: str, value: Any) -> None:
-    """Change the plugin that the run will give this name; an instance gives way to another one."""
-    plugins[:] = [table(item) for item in plugins]
+def _plugins(items: Iterable[Any], name: str, setting: str, value: Any) -> list[Any]:
+    """The plugins, but for the one that the run will give this name: it has another setting."""
+    plugins = [table(item) for item in items]
     positions = {name: at for at, name in enumerate(by_name([_entry(item) for item in plugins]))}
     if name not in positions:
         raise unknown("plugin in this run", name, positions)
@@ -60,6 +64,7 @@ def _change_plugin(plugins: list[Any], name: str, setting: str, value: Any) -> N
         plugins[positions[name]] = type(plugin)(**{**given, setting: value})
     else:
         raise InputError(f"plugin {name!r} has no settings: {type(plugin).__name__} is no Plugin")
+    return plugins
 
 
 def table(item: object) -> Any:
@@ -79,14 +84,14 @@ def _entry(item: Any) -> Entry:
     return Entry(item, use_of(type(item)))
 
 
-def _changed(preset: Any, key: str, text: str) -> dict[str, Any]:
+def _preset(preset: Any, key: str, text: str) -> dict[str, Any]:
     """The preset as a table, with one knob changed."""
     knobs = preset if isinstance(preset, Mapping) else find_preset(preset).changes()
     return {**knobs, key.removeprefix("preset."): _toml_value("", text)}
 
 
 def _known_key(key: str) -> str:
-    known = {*Options.__annotations__, "prompt", "model", "dtype"}
+    known = {*KEYS, "model", "dtype"}
     if key not in known:
         raise unknown("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
     return key

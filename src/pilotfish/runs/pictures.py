@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -161,31 +161,6 @@ def preview(rgb: Tensor, factor: int = 8) -> list[Image.Image]:
     return [picture.resize(size, Image.Resampling.BICUBIC) for picture in to_pil(rgb)]
 
 
-def strip(pictures: Sequence[Image.Image], labels: Sequence[str], height: int = 256) -> Image.Image:
-    """Pictures side by side, all of one height, each with its label below.
-
-    Raises:
-        InputError: not one label for each picture.
-    """
-    if len(pictures) != len(labels) or not pictures:
-        raise InputError(f"got {len(pictures)} pictures and {len(labels)} labels")
-    font = ImageFont.load_default(size=height / 14)
-    gap, line = height // 16, height // 8
-    scaled = [
-        p.convert("RGB").resize((p.width * height // p.height, height), Image.Resampling.LANCZOS)
-        for p in pictures
-    ]
-    width = sum(p.width for p in scaled) + gap * (len(scaled) + 1)
-    sheet = Image.new("RGB", (width, height + 2 * gap + line), "white")
-    draw, left = ImageDraw.Draw(sheet), gap
-    for picture, label in zip(scaled, labels, strict=True):
-        sheet.paste(picture, (left, gap))
-        middle = (left + picture.width / 2, gap + height + line * 0.6)
-        draw.text(middle, label, fill="black", font=font, anchor="mm")
-        left += picture.width + gap
-    return sheet
-
-
 def check_writable(path: str | Path) -> Path:
     """A picture's path, checked before the work: its ending, and its folder, made if need be.
 
@@ -223,7 +198,7 @@ def check_folder(path: Path) -> Path:
     return path
 
 
-def save(picture: Image.Image, path: str | Path, run: str = "") -> Path:
+def save_picture(picture: Image.Image, path: str | Path, run: str = "") -> Path:
     """Write a picture so that a reader never sees half a file; makes the folder if need be.
 
     Args:
@@ -264,7 +239,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def read_run(path: str | Path) -> str:
-    """The run that a picture was made by, as TOML, from what `save` wrote beside the pixels.
+    """The run that a picture was made by, as TOML, from what `save_picture` wrote beside it.
 
     The file may come from anybody: nothing is decoded, and the text is not looked into.
 

@@ -2,138 +2,181 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import secrets
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
+import pydantic
 import tomli_w
+from pydantic import BeforeValidator, Field, PrivateAttr
 
-from ..errors import InputError, PilotfishError, unknown
-from ..guidance.presets import PRESETS, Preset, find_preset
+from ..errors import InputError, PilotfishError, explain, in_utf8, unknown
+from ..guidance.presets import PRESETS, find_preset
+
+# What other programs call it, or what it is here.
+ELSEWHERE = {
+    "num_inference_steps": "steps",
+    "generator": "seed",
+    "num_images_per_prompt": "num_images",
+    "cfg_scale": "guidance_scale",
+    "cfg": "guidance_scale",
+    "sampler": "scheduler",
+    "sampler_name": "scheduler",
+    "plugin": "plugins",
+    "guides": "plugins",
+    "callback": "stream, a method of the sampler that gives every step",
+    "callback_on_step_end": "stream, a method of the sampler that gives every step",
+    "guidance_rescale": "the plugin cfg-rescale",
+    "image": "the plugin img2img",
+    "strength": "the plugin img2img",
+    "mask_image": "the plugin inpaint",
+    "output_type": "result.images and result.latents",
+}
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of a run; `Run` says what they mean."""
+def _whole(least: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"a whole number >= {least}")
+        return value
 
-    negative_prompt: str
-    steps: int
-    guidance_scale: float
-    scheduler: Any
-    preset: str | Path | Mapping[str, Any] | Preset
-    seed: int | None
-    num_images: int
-    height: int | None
-    width: int | None
-    checkpointing: Literal["auto", "on", "off"]
-    on_error: Literal["raise", "skip", "disable"]
-    decoder: str
+    return check
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything needed to repeat a run.
+def _drawn(seed: Any) -> Any:
+    return secrets.randbelow(2**32) if seed is None else seed
+
+
+def _decoder(value: Any) -> Any:
+    kind, colon, place = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind not in ("vae", "tiny", "linear") or (colon and (kind != "tiny" or not place)):
+        raise ValueError(
+            "vae, linear, tiny (the tiny_vae/ of the model's folder) or tiny:FOLDER_OR_HUB_ID"
+        )
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e300:
+        raise ValueError("a finite number >= 0 (1.0 switches guidance off)")
+    return value
+
+
+Text = Annotated[str, pydantic.AfterValidator(in_utf8)]
+Count = Annotated[int, BeforeValidator(_whole(1))]
+
+
+class Run(pydantic.BaseModel):
+    """Everything needed to repeat a run. Every key's type, range, default and help stand here.
 
     Attributes:
-        prompt: text.
-        negative_prompt: text; counts only with guidance.
-        steps: number of sampling steps, at least 1.
-        guidance_scale: classifier-free guidance in diffusers' convention; 1 or less is off.
-        scheduler: None for the model's own; a name ("lms"), a diffusers scheduler, or a table with
-            `name` and configuration that differs from the model's.
-        preset: how losses become a move: a name, a TOML file, a table of knobs with or without
-            `base`, or a `pilotfish.Preset`.
-        seed: of the first image; the next ones have `seed + 1`, ... Drawn where not given.
-        num_images: images with the same prompt, run as one batch.
-        height: in pixels; None for the model's own.
-        width: as `height`.
-        checkpointing: recompute instead of keeping what the network's gradient needs: less memory,
-            about a third more work in a guided step. "auto": for networks of more than
-            100 million parameters.
-        on_error: a guide that fails: "raise", "skip" that step, or "disable" it from there on. The
-            trace names it.
-        decoder: what `step.image` is decoded by. "vae": the model's own. Cheaper, with another
-            gradient: "tiny:FOLDER_OR_HUB_ID", an `AutoencoderTiny` of diffusers for the same
-            latents; "tiny", the one in `tiny_vae/` of the model's folder; "linear", `step.rgb`
-            enlarged. The finished pictures come from the VAE, and the trace ends with each guide's
-            loss on them.
         plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
             of a function, or of a class that cannot be imported again.
         model_id: folder or hub id of the model; None if unknown.
         dtype: the networks' number format.
-        model: the loaded networks, while the run lasts; for hooks.
     """
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    steps: int = 50
-    guidance_scale: float = 7.5
-    scheduler: str | Mapping[str, Any] | None = None
-    preset: str | Path | Mapping[str, Any] | Preset = "balanced"
-    seed: int = field(default_factory=lambda: secrets.randbelow(2**32))
-    num_images: int = 1
-    height: int | None = None
-    width: int | None = None
-    checkpointing: Literal["auto", "on", "off"] = "auto"
-    on_error: Literal["raise", "skip", "disable"] = "raise"
-    decoder: str = "vae"
-    plugins: tuple[Mapping[str, Any], ...] = ()
+    model_config = pydantic.ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        validate_default=True,
+        protected_namespaces=(),
+    )
+
+    prompt: Text = Field("", description="what the picture shows")
+    negative_prompt: Text = Field(
+        "", description="what the picture should not show; counts only with guidance"
+    )
+    steps: Count | None = Field(None, description="sampling steps")
+    guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = Field(
+        None, description="classifier-free guidance, as diffusers has it; 1 or less is off"
+    )
+    scheduler: Any = Field(
+        None,
+        description="lms, ddim, euler ...; a diffusers scheduler; or a table with `name` and the "
+        "configuration that differs from the model's",
+    )
+    preset: Any = Field(
+        "balanced",
+        description="how losses become a move: the name of one, a TOML file, a table of knobs with "
+        "or without `base`, or a pilotfish.Preset",
+    )
+    seed: Annotated[int, BeforeValidator(_whole(0)), BeforeValidator(_drawn)] = Field(
+        None,  # type: ignore[assignment]
+        description="of the first image, the next ones have seed + 1 ...; drawn if not given",
+    )
+    num_images: Count = Field(1, description="images of the same prompt, run as one batch")
+    height: Count | None = Field(None, description="in pixels")
+    width: Count | None = Field(None, description="in pixels")
+    checkpointing: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compute again what the network's gradient needs, instead of keeping it: less "
+        "memory, about a third more work in a guided step. auto: above 100 million parameters",
+    )
+    on_error: Literal["raise", "skip", "disable"] = Field(
+        "raise",
+        description="a guide that fails: stop, skip that step, or go on without it; the trace "
+        "names it",
+    )
+    decoder: Annotated[str, BeforeValidator(_decoder)] = Field(
+        "vae",
+        description="what guides see by: vae, or cheaper and with another gradient tiny, "
+        "tiny:FOLDER_OR_HUB_ID or linear. The pictures come from the VAE, and the trace ends with "
+        "each guide's loss on them",
+    )
+    plugins: tuple[Any, ...] = Field((), repr=False)
     model_id: str | None = None
     dtype: str | None = None
-    model: Any = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise InputError(f"{name} must be text; got {getattr(self, name)!r}")
-        for name, least in (("steps", 1), ("num_images", 1), ("seed", 0)):
-            _check_whole(name, getattr(self, name), least)
+    _model: Any = PrivateAttr(None)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise InputError(explain(error, KEYS, "key").removesuffix(".")) from None
         if self.seed + self.num_images > 2**64:  # torch's generators take no more
             raise InputError(f"seed must be below 2**64, for every image; got {self.seed}")
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), 1)
-        scale = self.guidance_scale
-        if not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-            raise InputError(
-                "guidance_scale must be a finite number >= 0 (1.0 switches guidance off); "
-                f"got {scale!r}"
-            )
-        _check_choice("checkpointing", self.checkpointing, ("auto", "on", "off"))
-        _check_choice("on_error", self.on_error, ("raise", "skip", "disable"))
-        _check_decoder(self.decoder)
         find_preset(self.preset)
+
+    @property
+    def model(self) -> Any:
+        """The loaded networks, while the run lasts; for hooks."""
+        return self._model
+
+    def of_model(self, model: Any) -> Run:
+        """The same, with the networks in it."""
+        run = self.model_copy()
+        run._model = model
+        return run
 
     @property
     def guided_by_prompt(self) -> bool:
         """Whether classifier-free guidance is on."""
-        return self.guidance_scale > 1
+        return (self.guidance_scale or 0) > 1
 
     def resolved(self, model: Any, plugins: tuple[Mapping[str, Any], ...]) -> Run:
         """The run with everything resolved that the user left open."""
-        described = getattr(model, "describe_scheduler", lambda spec: spec)
-        factor = getattr(model, "factor", 1)
-        _, height, width = model.latent_shape(self.height, self.width)
-        return dataclasses.replace(
-            self,
-            scheduler=described(self.scheduler),
-            height=height * factor,
-            width=width * factor,
-            model_id=model.id,
-            dtype=str(model.dtype).removeprefix("torch."),
-            plugins=plugins,
-        )
+        given = {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
+        given |= {"height": self.height, "width": self.width}
+        own = {key: getattr(model.defaults, key) for key, value in given.items() if value is None}
+        found = {**given, **own}
+        found["scheduler"] = model.describe_scheduler(found["scheduler"])
+        model.latent_shape(found["height"], found["width"])
+        dtype = str(model.dtype).removeprefix("torch.")
+        more = {"model_id": model.id, "dtype": dtype, "plugins": plugins}
+        return self.model_copy(update={**found, **more})
 
     def to_toml(self) -> str:
         """The run as a file for `pilotfish generate --run`.
 
         Raises:
-            PilotfishError: a plugin was made in this program and has no name to find it by.
+            PilotfishError: a plugin was made in this program and has no name to find it by, or a
+                path in it is no UTF-8.
         """
         for table in self.plugins:
             if not table["use"]:
@@ -142,19 +185,21 @@ class Run:
                     "repeated from a file; write the plugin as a class in a file and use it as "
                     "'file.py:Class'"
                 )
+        preset = find_preset(self.preset)
         content = {
             "pilotfish": version("pilotfish"),
             "model": self.model_id,
-            **{f: getattr(self, f) for f in _FIELDS},
-            "preset": self._preset(),
+            "dtype": self.dtype,
+            **{key: getattr(self, key) for key in KEYS},
+            "preset": preset.name if preset == PRESETS.get(preset.name) else preset.changes(),
             "plugins": [_without_none(table) for table in self.plugins],
         }
-        return tomli_w.dumps(_without_none(content))
-
-    def _preset(self) -> str | dict[str, Any]:
-        """Its name, or a table of what differs from the one of that name."""
-        preset = find_preset(self.preset)
-        return preset.name if preset == PRESETS.get(preset.name) else preset.changes()
+        text = tomli_w.dumps(_without_none(content))
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PilotfishError(f"this run cannot be written down: {error}") from error
+        return text
 
     @classmethod
     def parse(cls, text: str, origin: str = "the run file") -> dict[str, Any]:
@@ -169,7 +214,7 @@ class Run:
             raise InputError(f"{origin} is not valid TOML: {error}") from None
         content.pop("pilotfish", None)
         for key in content:
-            if key not in (known := (*_FIELDS, "model", "plugins")):
+            if key not in (known := (*KEYS, "model", "dtype", "plugins")):
                 raise InputError(f"{origin}: {unknown('key', key, known)}")
         if not isinstance(content.setdefault("plugins", []), list):
             raise InputError(f"{origin}: plugins must be [[plugins]] tables")
@@ -189,9 +234,25 @@ class Run:
         return cls.parse(text, str(path))
 
 
-_FIELDS = (
-    *(f.name for f in dataclasses.fields(Run) if f.name not in ("plugins", "model_id", "model")),
-)
+KEYS = {
+    name: field
+    for name, field in Run.model_fields.items()
+    if name not in ("plugins", "model_id", "dtype")
+}
+"""What a user may say of a run, beside its plugins and its model."""
+
+
+def check_keywords(options: Mapping[str, Any]) -> None:
+    """Refuse a keyword that is none of a run's.
+
+    Raises:
+        InputError: names the right one, also where another program calls it so.
+    """
+    for name in options:
+        if name in ELSEWHERE:
+            raise InputError(f"no option {name!r} of a run; here it is {ELSEWHERE[name]}")
+        if name not in KEYS:
+            raise unknown("option of a run", name, [*KEYS, "plugins"])
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,22 +262,3 @@ def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in table.items()
         if value is not None
     }
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} must be a whole number >= {least}; got {value!r}")
-
-
-def _check_decoder(value: object) -> None:
-    kind, colon, place = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if kind not in ("vae", "tiny", "linear") or (colon and (kind != "tiny" or not place)):
-        raise InputError(
-            "decoder must be vae, linear, tiny (the tiny_vae/ of the model's folder) or "
-            f"tiny:FOLDER_OR_HUB_ID; got {value!r}"
-        )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

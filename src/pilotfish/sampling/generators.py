@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..runs.run import Run
 
@@ -29,6 +28,11 @@ class Generators:
             self._named[name] = seeded(self._run, name)
         return self._named[name]
 
+    def resample(self, indices: Sequence[int]) -> None:
+        """Let each place draw on as the image that goes on in it."""
+        for generators in (self.own, *self._named.values()):
+            generators[:] = [copied(generators[index]) for index in indices]
+
 
 def seeded(run: Run, name: str) -> list[torch.Generator]:
     """One CPU generator per image: the run's own, or a plugin's, independent of all others."""
@@ -44,8 +48,3 @@ def copied(generator: torch.Generator) -> torch.Generator:
     other = torch.Generator()
     other.set_state(generator.get_state())
     return other
-
-
-def draw(shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype) -> Tensor:
-    """Noise of shape (B, ...), each image from its own generator, so neighbours do not matter."""
-    return torch.cat([torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators])

@@ -1,37 +1,35 @@
-"""The guides of one run: who acts at a step, their losses, and the move they make together."""
+"""The guides of one run: who acts at a step, what each of them asks for, and what it came to."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
-from ..guidance import moves as rules
+from ..guidance import clock, moves
 from ..guidance.gradients import (
     End,
     Leaves,
     LossFault,
     Pull,
-    Trunk,
+    SharedGraph,
     all_finite,
     averaged,
     cosines,
     leaf_gradients,
 )
-from ..guidance.noise import CLEAN, at_least_float32
+from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
 from ..guidance.regions import Region
 from ..hooks.plugin import Guide
 from ..hooks.stack import Call, Stack
 from ..runs.pictures import read_region
 from ..runs.run import Run
-from . import clock
-from .generators import Generators, draw
+from .generators import Generators
 from .schedule import Schedule
-from .step import Moment, Step
+from .step import Step, StepState
 from .trace import Record, Trace
 
 # The host's own draws, under names that no plugin can have: they change nobody else's.
@@ -54,18 +52,20 @@ class Guides:
         self._schedule, self._generators = schedule, generators
         self._decode = run.model.decoder(run.decoder)
         self._disabled: set[str] = set()
-        self._regions: dict[str, Region] = {}
-        for call in stack.calls["loss_guidance"]:
+        self._calls = stack.calls["loss_guidance"]
+        self.regions: dict[str, Region] = {}
+        for call in self._calls:
             if isinstance(call.plugin, Guide) and call.plugin.settings.mask is not None:
                 settings, owner = call.plugin.settings, stack.label(call.name)
-                self._regions[call.name] = read_region(
+                self.regions[call.name] = read_region(
                     owner, settings.mask, settings.soft_edge, settings.mask_edge
                 )
-        if stack.calls["loss_guidance"]:
+        if self._calls:
             self._refuse_what_cannot_work()
         self._strengths = schedule.strengths(self.preset.schedule)
 
     def _refuse_what_cannot_work(self) -> None:
+        preset = self.preset
         if torch.is_inference_mode_enabled():
             raise ModelError(
                 "guides need gradients, and torch.inference_mode() allows none; "
@@ -73,12 +73,17 @@ class Guides:
             )
         if reason := self._run.model.refuse_gradients():
             raise ModelError(f"no gradient can be taken: {reason}")
-        if self.preset.recurrence > 1 and not self._schedule.can_repeat():
+        if preset.recurrence > 1 and not self._schedule.can_repeat:
             raise InputError(
-                f"preset {self.preset.name!r} takes steps more than once, and "
+                f"preset {preset.name!r} takes steps more than once, and "
                 f"{self._schedule.name} goes back to latents that it kept from the step "
                 "before: use recurrence=1, or a scheduler such as ddim, euler, euler-ancestral or "
                 "dpmsolver-multistep"
+            )
+        if preset.rule == "sphere" and self._stack.calls["advance"]:
+            raise InputError(
+                f"preset {preset.name!r} turns the noise of the scheduler's step, and a plugin "
+                "takes the step in its place; use another preset"
             )
 
     def active(self, index: int) -> list[Call]:
@@ -88,7 +93,7 @@ class Guides:
             return []
         return [
             call
-            for call in self._stack.calls["loss_guidance"]
+            for call in self._calls
             if call.name not in self._disabled
             and (not isinstance(call.plugin, Guide) or call.plugin.acts_at(index, num_steps))
         ]
@@ -99,48 +104,65 @@ class Guides:
             return 1
         return self.preset.repeats(index / self._schedule.num_steps)
 
-    def ends(self, guide: Call) -> tuple[End, ...]:
+    def through_network(self, guides: list[Call]) -> bool:
+        """Whether any gradient goes on to the latents."""
+        return any("latents" in self._ends(guide) for guide in guides)
+
+    def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         own = getattr(getattr(guide.plugin, "settings", None), "gradient", None)
         end = own or self.preset.gradient
         return ("latents", "x0") if end == "both" else (end,)
 
-    def guide(
-        self, moment: Moment, guides: list[Call], cond: Tensor, uncond: Tensor | None
-    ) -> None:
-        """Let the active guides move the moment, which keeps no graph.
+    def move(
+        self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None
+    ) -> Tensor | None:
+        """What the guides make of a step together; None if none answered. It keeps no graph then.
 
         Args:
             cond, uncond: the network's two predictions.
         """
-        start = moment.latents if moment.latents.requires_grad else None
-        trunk = Trunk(moment.x0(), self._decode, self._run.model.rgb, start)
-        moment.detach()
-        pull = rules.prompt_pull(moment.level, cond, uncond, self._run.guidance_scale)
-        following, strength = self._schedule.following(moment.index), self._strengths[moment.index]
-        place = rules.Place(moment.level, following, pull, strength)
-        move = self._move(moment, guides, trunk, place)
-        if move is None:
-            return
-        if self.preset.applied_to == "latents":
-            moment.latents = moment.latents + move.to(moment.latents.dtype)
-        elif self.preset.applied_to == "prediction":
-            moment.change_x0(moment.x0() + move)
-        else:
-            moment.after_step = move
+        start = state.latents if state.latents.requires_grad else None
+        graph = SharedGraph(state.x0, self._decode, self._run.model.rgb, start)
+        state.detach()
+        offsets = self._offsets(state)
+        graphs, pulls = self._pulls(state, guides, graph, offsets)
+        if not pulls:
+            return None
 
-    def judge(self, moment: Moment, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
+        def descend(move: Tensor) -> tuple[list[SharedGraph], list[Pull]]:
+            to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
+            return self._pulls(state, to_x0, graph.shifted(move), offsets)
+
+        pull = moves.prompt_pull(state.level, cond, uncond, self._run.guidance_scale or 0.0)
+        place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
+        move = moves.combine(graphs, pulls, self.preset, place, descend)
+        self._trace += self._records(state, pulls, move)
+        return move.value
+
+    def apply(self, state: StepState, move: Tensor) -> None:
+        """Move what the preset says."""
+        preset = self.preset
+        if preset.rule == "sphere":
+            state.direction = move
+        elif preset.applied_to == "latents":
+            state.latents = state.latents + move.to(state.latents.dtype)
+        elif preset.applied_to == "prediction":
+            state.x0 = state.x0 + move
+        else:
+            state.after = move
+
+    def judge(self, state: StepState, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
         """Write the loss of each guide that acted into the trace, on the finished latents.
 
         Args:
-            moment: the last step; the guides see it once more, at noise level zero.
+            state: the last step; the guides see it once more, at noise level zero.
             decode: the VAE.
         """
-        x0 = at_least_float32(latents)
-        done = dataclasses.replace(moment, latents=latents, known_x0=x0, level=CLEAN, views={})
-        trunk, acted = Trunk(x0, decode, self._run.model.rgb), set(self._trace.plugins)
-        guides = [g for g in self._stack.calls["loss_guidance"] if g.name in acted - self._disabled]
-        for pull in self._pulls(done, guides, trunk, [])[1]:
+        done, acted = state.finished(latents), set(self._trace.plugins)
+        graph = SharedGraph(done.x0, decode, self._run.model.rgb)
+        guides = [g for g in self._calls if g.name in acted - self._disabled]
+        for pull in self._pulls(done, guides, graph, [])[1]:
             loss, norm = torch.stack([pull.loss, pull.norm]).tolist()
             self._trace.append(
                 Record(
@@ -155,145 +177,148 @@ class Guides:
                 )
             )
 
-    def after_step(self, moment: Moment, latents: Tensor) -> Tensor:
-        """The step's result, moved where the preset says so."""
-        if moment.after_step is None or self.preset.rule == "sphere":
-            return latents
-        return latents + moment.after_step.to(latents.dtype)
-
-    def noised_again(self, moment: Moment) -> Tensor:
+    def renoise(self, state: StepState) -> Tensor:
         """The latents of a step that is taken once more: "recurrence", "time travel".
 
         A step of the DDIM formula (Song et al. 2021, arXiv 2010.02502, equation 12, without noise)
         to the next noise level, then fresh noise back to this one. The scheduler, whose `step`
         counts and remembers, knows nothing of it.
         """
-        level, following = moment.level, self._schedule.following(moment.index)
-        if moment.output is None:
+        level, following = state.level, state.following
+        if state.output is None:
             raise ValueError("no prediction to go on from")
-        x0 = level.x0(moment.latents, moment.output)
-        cleaner = following.alpha * x0 + following.sigma * level.eps(moment.latents, x0)
-        cleaner = self.after_step(moment, cleaner)
-        latents, model = moment.latents, self._run.model
-        noise = draw(latents.shape, self._generators.of(RECURRENCE), model.dtype)
+        x0 = level.x0(state.latents, state.output)
+        cleaner = following.alpha * x0 + following.sigma * level.eps(state.latents, x0)
+        if state.after is not None:
+            cleaner = cleaner + state.after
+        latents, model = state.latents, self._run.model
+        noise = model.noise(latents.shape, self._generators.of(RECURRENCE), model.dtype)
         return level.noised(cleaner, following, noise.to(model.device)).to(latents.dtype)
 
-    def _move(
-        self, moment: Moment, guides: list[Call], trunk: Trunk, place: rules.Place
-    ) -> Tensor | None:
-        """The move against the guides' gradients, see `rules.combine`; None if none answered."""
-        offsets = self._offsets(moment)
-        trunks, pulls = self._pulls(moment, guides, trunk, offsets)
-        if not pulls:
-            return None
+    def remarks(self) -> Iterator[str]:
+        """The guides that did nothing in the whole run, or the opposite of what they are for."""
+        for call in self._calls:
+            scale = getattr(getattr(call.plugin, "settings", None), "scale", 1.0)
+            records = [r for r in self._trace.of(call.name) if not r.final]
+            losses = self._trace.losses(call.name)
+            if scale == 0 or any(record.error for record in records):
+                continue
+            if not records:
+                yield f"{call.name!r} never gave a loss: no step lies in its window, or it was None"
+            elif not any(norm for record in records for norm in record.gradient_norm):
+                yield f"{call.name!r} has a gradient of zero at every step: it moved nothing"
+            elif (losses[-1] - losses[0]) * scale > 1e-3 * abs(losses[0] * scale):
+                way = "rose" if scale > 0 else "fell, at a negative scale,"
+                yield f"the loss of {call.name!r} {way} from {losses[0]:.4g} to {losses[-1]:.4g}"
 
-        def descend(move: Tensor) -> tuple[list[Trunk], list[Pull]]:
-            to_x0 = [guide for guide in guides if "x0" in self.ends(guide)]
-            return self._pulls(moment, to_x0, trunk.shifted(move), offsets)
-
-        move = rules.combine(trunks, pulls, self.preset, place, descend)
-        self._trace += records(moment, pulls)
-        return move
-
-    def _offsets(self, moment: Moment) -> list[Tensor]:
+    def _offsets(self, state: StepState) -> list[Tensor]:
         """What is added to x0 for each sample of a loss; nothing where the preset asks for none."""
-        size = self.preset.smoothing * moment.level.sigma / moment.level.norm
+        size = self.preset.smoothing * state.level.sigma / state.level.norm
         if not size:
             return []
-        generators, like = self._generators.of(SAMPLES), moment.x0()
+        generators, like = self._generators.of(SAMPLES), state.x0
         noise = [draw(like.shape, generators, like.dtype) for _ in range(self.preset.samples)]
         return [size * n.to(like.device) for n in noise]
 
     def _pulls(
-        self, moment: Moment, guides: list[Call], trunk: Trunk, offsets: list[Tensor]
-    ) -> tuple[list[Trunk], list[Pull]]:
-        """Each guide's gradient, over all samples of x0, and the trunks to pull them back."""
-        trunks = [trunk.shifted(offset) for offset in offsets] or [trunk]
-        asked = [[self._pull(moment, guide, t) for t in trunks] for guide in guides]
+        self, state: StepState, guides: list[Call], graph: SharedGraph, offsets: list[Tensor]
+    ) -> tuple[list[SharedGraph], list[Pull]]:
+        """Each guide's gradient, over all samples of x0, and the graphs to pull them back."""
+        graphs = [graph.shifted(offset) for offset in offsets] or [graph]
+        asked = [[self._pull(state, guide, t) for t in graphs] for guide in guides]
         answered = [[pull for pull in pulls if pull] for pulls in asked if all(pulls)]
         if not all_finite([pull for pulls in answered for pull in pulls]):
-            answered = [pulls for pulls in answered if self._is_finite(moment, pulls)]
-        return trunks, [averaged(pulls) if offsets else pulls[0] for pulls in answered]
+            answered = [pulls for pulls in answered if self._is_finite(state, pulls)]
+        return graphs, [averaged(pulls) if offsets else pulls[0] for pulls in answered]
 
-    def _pull(self, moment: Moment, guide: Call, trunk: Trunk) -> Pull | None:
+    def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
-        leaves, start, built = Leaves(trunk), clock.mark(trunk.device), len(trunk.spans)
+        leaves, start, built = Leaves(graph), clock.mark(graph.device), len(graph.spans)
         try:
             with torch.enable_grad():
                 loss = self._stack.call(
-                    guide, {"step": Step(moment, guide.name, leaves)}, moment.where
+                    guide, {"step": Step(state, guide.name, leaves)}, state.where
                 )
                 if loss is None:
                     return None
                 gradients = leaf_gradients(loss, leaves, self._run.num_images)
         except LossFault as fault:
-            self._blame(moment, guide.name, str(fault))
+            self._blame(state, guide.name, str(fault))
             return None
         except PluginError as error:
-            self._tolerate(error, moment, guide.name)
+            self._tolerate(error, state, guide.name)
             return None
-        own, shared = (start, clock.mark(trunk.device)), trunk.spans[built:]
+        own, shared = (start, clock.mark(graph.device)), graph.spans[built:]
         area = 1.0
-        if region := self._regions.get(guide.name):
+        if region := self.regions.get(guide.name):
             masks = {leaf: region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
             gradients = {leaf: g * masks[leaf] for leaf, g in gradients.items()}
             area = region.area
         return Pull(
             name=guide.name,
             scale=getattr(getattr(guide.plugin, "settings", None), "scale", 1.0),
-            ends=self.ends(guide),
-            loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(trunk.device),
+            ends=self._ends(guide),
+            loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(graph.device),
             gradients=gradients,
             area=area,
             seconds=lambda: clock.seconds([own]) - clock.seconds(shared),
         )
 
-    def _is_finite(self, moment: Moment, pulls: list[Pull]) -> bool:
+    def _is_finite(self, state: StepState, pulls: list[Pull]) -> bool:
         """Whether one guide's pulls are; if not, it is blamed for it."""
         fault = next((fault for pull in pulls if (fault := pull.fault())), None)
         if fault:
-            self._blame(moment, pulls[0].name, fault)
+            self._blame(state, pulls[0].name, fault)
         return fault is None
 
-    def _blame(self, moment: Moment, name: str, what: str) -> None:
+    def _blame(self, state: StepState, name: str, what: str) -> None:
         """Deal with a fault of a guide's loss by `on_error`."""
         try:
-            self._stack.blame(name, "loss_guidance", what, moment.where)
+            self._stack.blame(name, "loss_guidance", what, state.where)
         except PluginError as error:
-            self._tolerate(error, moment, name)
+            self._tolerate(error, state, name)
 
-    def _tolerate(self, error: PluginError, moment: Moment, name: str) -> None:
+    def _tolerate(self, error: PluginError, state: StepState, name: str) -> None:
         """Raise, or write the guide's failure into the trace and go on without it."""
-        final = moment.level is CLEAN  # what a report cannot tell must not cost the picture
+        final = state.level is CLEAN  # what a report cannot tell must not cost the picture
         if self._run.on_error == "raise" and not final:
             raise error
         if self._run.on_error == "disable":
             self._disabled.add(name)
-        sigma = moment.level.sigma
-        self._trace.append(Record(moment.index, sigma, name, error=str(error), final=final))
+        sigma = state.level.sigma
+        self._trace.append(Record(state.index, sigma, name, error=str(error), final=final))
 
+    def _records(self, state: StepState, pulls: list[Pull], move: moves.Move) -> Iterator[Record]:
+        """What each guide did at this step."""
+        own = torch.stack([torch.stack([pull.loss, pull.norm]) for pull in pulls])  # (k, 2, B)
+        own = torch.cat([own, move.shares[:, None].to(own)], dim=1)
+        between = cosines(pulls).permute(1, 2, 0)
+        outside = torch.stack([self._outside(pull.name, move.value) for pull in pulls])[:, None]
+        # All numbers are read at once: a GPU must be waited for each time.
+        values = torch.cat([own, outside.to(own), between], dim=1).tolist()  # (k, 4 + k, B)
+        for pull, (loss, norm, share, leak, *others) in zip(pulls, values, strict=True):
+            yield Record(
+                state.index,
+                state.level.sigma,
+                pull.name,
+                loss=tuple(loss),
+                gradient_norm=tuple(norm),
+                share=tuple(share),
+                outside=tuple(leak) if pull.name in self.regions else (),
+                cosine={
+                    other.name: tuple(cosine)
+                    for other, cosine in zip(pulls, others, strict=True)
+                    if other is not pull and other.gradients.keys() & pull.gradients.keys()
+                },
+                seconds=pull.seconds(),
+                repeat=state.repeat,
+            )
 
-def records(moment: Moment, pulls: list[Pull]) -> list[Record]:
-    """What each guide did at this step."""
-    own = torch.stack([torch.stack([pull.loss, pull.norm, pull.share]) for pull in pulls])
-    between = cosines(pulls).permute(1, 2, 0)
-    # All numbers are read at once: a GPU must be waited for each time.
-    values = torch.cat([own, between], dim=1).tolist()  # (k, 3 + k, B)
-    return [
-        Record(
-            moment.index,
-            moment.level.sigma,
-            pull.name,
-            loss=tuple(loss),
-            gradient_norm=tuple(norm),
-            share=tuple(share),
-            cosine={
-                other.name: tuple(cosine)
-                for other, cosine in zip(pulls, others, strict=True)
-                if other is not pull and other.gradients.keys() & pull.gradients.keys()
-            },
-            seconds=pull.seconds(),
-            repeat=moment.repeat,
-        )
-        for pull, (loss, norm, share, *others) in zip(pulls, values, strict=True)
-    ]
+    def _outside(self, name: str, move: Tensor) -> Tensor:
+        """What part of a move lies where a guide's mask is black, (B,): of its mean square."""
+        squares = move.square().sum(dim=1, keepdim=True)  # (B, 1, H, W)
+        if name not in self.regions:
+            return squares.new_zeros(len(squares))
+        black = (self.regions[name].of(move.shape[-2:]).to(squares) == 0) * squares
+        total = squares.sum(dim=(1, 2, 3))
+        return black.sum(dim=(1, 2, 3)) / total.clamp(min=torch.finfo(total.dtype).tiny)

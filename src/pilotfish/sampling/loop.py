@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Generator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteError, PilotfishError
-from ..hooks.stack import Call, Stack, tensor_problem
-from ..models.text import Conditioning
+from ..errors import GuideWarning, InputError, NonFiniteError, PilotfishError, PluginError
+from ..hooks.stack import Stack, tensor_problem
+from ..models.protocol import Conditioning
 from ..runs import pictures as images
 from ..runs.run import Run
-from .generators import Generators, draw
+from .generators import Generators, seeded
 from .guides import Guides
+from .network import Network
 from .prompts import Prompts
 from .schedule import Schedule
 from .start import Start
-from .step import Moment, Step
+from .step import Step, StepState
 from .trace import Trace
 
 if TYPE_CHECKING:
-    from ..models.stable_diffusion import LatentDiffusion
+    from ..models.protocol import LatentDiffusion
+
+TURN = "host turn"  # a name that no plugin can have
 
 
 class Sampling:
@@ -33,44 +36,151 @@ class Sampling:
 
     Attributes:
         described: the run with everything resolved, without the model.
-        final: latents (B, C, H, W) at noise level zero, when the run is done.
+        latents: (B, C, H, W), as the latest step left them, and `latest` that step.
+        final: the same at noise level zero, when the run is done.
     """
 
     def __init__(self, model: LatentDiffusion, run: Run, stack: Stack) -> None:
-        self.model, self.stack, self.trace = model, stack, Trace()
-        self.schedule = Schedule(model.new_scheduler(run.scheduler), run.steps, model.device)
+        self.stack, self.trace = stack, Trace()
+        self.again = lambda other: Sampling(model, run, other)
+        self.network = Network(model, run.checkpointing, stack)
+        self.model = self.network.model
+        self.described = run.resolved(self.model, stack.tables())
+        self.run = self.described.of_model(self.model)
+        self.shape = self.model.latent_shape(self.run.height, self.run.width)
+        # The user's own spec: what describes a scheduler is not what makes it.
+        spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
+        self.schedule = Schedule(
+            self.model.new_scheduler(spec),
+            self.run.steps,
+            lambda scheduler, steps: self.model.set_timesteps(scheduler, steps, self.shape),
+        )
         self.num_steps = self.schedule.num_steps
-        self.described = run.resolved(model, stack.tables())
-        self.run = dataclasses.replace(self.described, model=model)
         self.generators = Generators(self.run)
         self.guides = Guides(self.run, stack, self.schedule, self.generators, self.trace)
+        self.latents: Tensor | None = None
+        self.latest: StepState | None = None
         self.final: Tensor | None = None
-        self._networks = model.differentiable(run.checkpointing)
 
     @torch.no_grad()
     def steps(self) -> Generator[Step]:
         """The loop."""
-        try:
-            self.stack.notify("setup", self._for_run)
-            prompts = Prompts(self.run, self.stack)
+        with self._set_up(), contextlib.closing(Outside(self)) as outside:
+            self.prompts = Prompts(self.run, self.stack)
             latents, first = self._start()
             for index in range(first, self.num_steps):
-                moment = self._predicted(index, latents, prompts)
+                state = self._guided(index, latents)
                 for repeat in range(1, self.guides.repeats(index)):
-                    latents = self.guides.noised_again(moment)
-                    moment = self._predicted(index, latents, prompts, repeat)
-                latents = self._advance(moment)
-                self._check_finite(latents, moment)
-                self.stack.notify("after_step", self._for_step(moment), moment.where)
-                yield Step(moment)
-                if moment.stopped:
-                    latents = moment.x0().to(latents.dtype)
+                    state = self._guided(index, self.guides.renoise(state), repeat)
+                latents = outside.held(self.advance(state))
+                self._check_finite(latents, state)
+                self.stack.notify("after_step", self._for_step(state), state.where)
+                latents = self._resampled(state, latents)
+                self.latents, self.latest = latents, state
+                yield Step(state)
+                if state.stopped:
+                    latents = outside.held_x0(state.x0).to(latents.dtype)
                     break
             self.final = latents
-            if self.run.decoder != "vae":
-                self.guides.judge(moment, latents, lambda _: self.finished[1])
+            self._sum_up(state)
+
+    @contextlib.contextmanager
+    def _set_up(self) -> Iterator[None]:
+        """All plugins set up; torn down whatever happens, and no error hides the first."""
+        first: BaseException | None = None
+        try:
+            self.stack.setup(self._for_run)
+            yield
+        except BaseException as error:
+            first = error
+            raise
         finally:
-            self.stack.teardown(self._for_run)
+            try:
+                self.stack.teardown(self._for_run)
+            except PilotfishError as error:
+                if first is None or isinstance(first, GeneratorExit):
+                    raise
+                first.add_note(f"and at teardown: {error}")
+
+    def _guided(self, index: int, latents: Tensor, repeat: int = 0) -> StepState:
+        """A step up to its prediction, as the guides leave it."""
+        state = self.begin(index, latents, repeat)
+        cond, uncond = self.predict(state)
+        self.guide(state, cond, uncond)
+        return state
+
+    def begin(self, index: int, latents: Tensor, repeat: int = 0) -> StepState:
+        """The step as the network will find it."""
+        state = StepState(
+            run=self.run,
+            index=index,
+            num_steps=self.num_steps,
+            timestep=self.schedule.timesteps[index],
+            level=self.schedule.levels[index],
+            following=self.schedule.following(index),
+            latents=latents,
+            conditioning=self.prompts.positive,
+            generators=self.generators.of,
+            predict=self._further_prediction,
+            as_used=self.schedule.as_used,
+            repeat=repeat,
+        )
+
+        def arguments(name: str, latents: Tensor) -> dict[str, Any]:
+            state.latents = latents
+            return {"step": Step(state, name)}
+
+        state.conditioning, state.both = self.prompts.conditioning(
+            lambda name: Step(state, name), state.where
+        )
+        state.latents = self.stack.chain(
+            "before_step", state.latents, arguments, tensor_problem, state.where
+        )
+        return state
+
+    def predict(self, state: StepState) -> tuple[Tensor, Tensor | None]:
+        """Both predictions of the network; the state gets the guided one, and x0.
+
+        With a graph from the latents on if the gradient of an active guide ends there.
+        """
+        guides = self.guides.active(state.index)
+        through = self.guides.through_network(guides)
+        both = state.both or state.conditioning
+        with torch.set_grad_enabled(through):
+            if through:
+                state.latents = state.latents.detach().requires_grad_()
+            cond, uncond = self._network(state, both)
+            state.output = self._combine(state, cond, uncond)
+            if self.stack.calls["on_predicted_x0"]:
+                self._on_predicted_x0(state)
+            if guides:
+                _ = state.x0  # with its graph
+        return cond.detach(), None if uncond is None else uncond.detach()
+
+    def guide(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> None:
+        """The active guides are asked; they move the state together."""
+        if guides := self.guides.active(state.index):
+            move = self.guides.move(state, guides, cond, uncond)
+            if move is not None:
+                self.guides.apply(state, move)
+
+    def advance(self, state: StepState) -> Tensor:
+        """The next latents: a plugin's, or the scheduler's."""
+        latents: Tensor | None = self.stack.first(
+            "advance",
+            self._for_step(state),
+            lambda new: tensor_problem(new, state.latents),
+            state.where,
+        )
+        if latents is not None:
+            self.schedule.skip(state.index)
+        elif state.direction is not None:
+            latents = self.schedule.spherical_step(
+                state, self.generators.own, lambda: seeded(self.run, TURN), state.direction
+            )
+        else:
+            latents = self.schedule.step(state, self.generators.own)
+        return latents if state.after is None else latents + state.after.to(latents.dtype)
 
     @cached_property
     @torch.no_grad()
@@ -94,147 +204,110 @@ class Sampling:
             )
         return latents, image
 
-    def _predicted(self, index: int, latents: Tensor, prompts: Prompts, repeat: int = 0) -> Moment:
-        """A step up to its prediction, as the guides leave it."""
-        moment, both = self._moment(index, latents, prompts, repeat)
-        self._before_step(moment)
-        guides = self.guides.active(index)
-        with self._networks if guides else contextlib.nullcontext():
-            cond, uncond = self._predict(moment, both, guides)
-            if guides:
-                self.guides.guide(moment, guides, cond, uncond)
-        return moment
+    # ---- what the stages are made of ----
 
     def _start(self) -> tuple[Tensor, int]:
         """Latents and index of the first step: a plugin's, or pure noise."""
-        shape = (self.run.num_images, *self.model.latent_shape(self.run.height, self.run.width))
+        shape = (self.run.num_images, *self.shape)
         like = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
-        scheduler = self.schedule.scheduler
-        start = Start(scheduler.order, self.generators.own, scheduler)
+        start = Start(self.schedule.order, self.generators.own, self.schedule)
         answer = self.stack.first(
             "start_latents",
             lambda *_: {"run": self.run, "start": start},
             lambda new: _start_problem(new, like, self.num_steps),
         )
         if answer is None:
-            noise = draw(shape, self.generators.own, like.dtype).to(like.device)
-            return noise * scheduler.init_noise_sigma, 0
+            noise = self.model.noise(shape, self.generators.own, like.dtype).to(like.device)
+            return noise * self.schedule.initial_scale, 0
         latents, first = answer
         self.schedule.begin_at(first)
         return latents, first
 
-    def _moment(
-        self, index: int, latents: Tensor, prompts: Prompts, repeat: int
-    ) -> tuple[Moment, Conditioning]:
-        """The step as it begins, and what the network gets of both prompts."""
-        moment = Moment(
-            run=self.run,
-            index=index,
-            num_steps=self.num_steps,
-            timestep=self.schedule.timesteps[index],
-            level=self.schedule.level(index),
-            latents=latents,
-            conditioning=prompts.positive,
-            generators=self.generators.of,
-            following=lambda: self.schedule.following(index),
-            repeat=repeat,
-        )
-        moment.conditioning, both = prompts.conditioning(
-            lambda name: Step(moment, name), moment.where
-        )
-        return moment, both
-
-    def _before_step(self, moment: Moment) -> None:
-        def arguments(name: str, latents: Tensor) -> dict[str, Any]:
-            moment.latents = latents
-            return {"step": Step(moment, name)}
-
-        moment.latents = self.stack.chain(
-            "before_step", moment.latents, arguments, tensor_problem, moment.where
-        )
-
-    def _predict(
-        self, moment: Moment, both: Conditioning, guides: list[Call]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Both predictions; the moment gets the guided one, and x0.
-
-        With a graph from the latents on if the gradient of an active guide ends there.
-        """
-        through = any("latents" in self.guides.ends(guide) for guide in guides)
-        with torch.set_grad_enabled(through):
-            if through:
-                moment.latents = moment.latents.detach().requires_grad_()
-            cond, uncond = self._network(moment, both)
-            moment.output = self._combine(moment, cond, uncond)
-            if self.stack.calls["on_predicted_x0"]:
-                self._on_predicted_x0(moment)
-            if guides:
-                moment.x0()  # with its graph
-        return cond.detach(), None if uncond is None else uncond.detach()
-
-    def _network(self, moment: Moment, both: Conditioning) -> tuple[Tensor, Tensor | None]:
+    def _network(self, state: StepState, both: Conditioning) -> tuple[Tensor, Tensor | None]:
         """One call of the network: the prediction for the prompt, and for the negative prompt."""
         guided = self.run.guided_by_prompt
-        latents = torch.cat([moment.latents] * 2) if guided else moment.latents
-        latents = self.schedule.scheduler.scale_model_input(latents, moment.timestep)
-        output = self.model.predict(latents, moment.timestep, both)  # (B or 2B, C, H, W)
+        latents = torch.cat([state.latents] * 2) if guided else state.latents
+        latents = self.schedule.scaled(latents, state.timestep)
+        output = self.network(state, latents, both)  # (B or 2B, C, H, W)
         if not guided:
             return output, None
         uncond, cond = output.chunk(2)
         return cond, uncond
 
-    def _combine(self, moment: Moment, cond: Tensor, uncond: Tensor | None) -> Tensor:
-        answer: Tensor | None = self.stack.first(
-            "combine_predictions",
-            lambda name, _: {"cond": cond, "uncond": uncond, "step": Step(moment, name)},
-            lambda new: tensor_problem(new, cond),
-            moment.where,
-        )
-        if answer is not None:
-            return answer
-        if uncond is None:
-            return cond
-        return uncond + self.run.guidance_scale * (cond - uncond)
+    def _further_prediction(
+        self, state: StepState, plugin: str, conditioning: Any, patch: Any
+    ) -> Tensor:
+        """See `Step.predict`."""
+        if conditioning is None:
+            conditioning = state.conditioning
+        elif isinstance(conditioning, str):
+            conditioning = self.prompts.of_text(conditioning)
+        elif isinstance(conditioning, Conditioning):
+            conditioning = conditioning.expand(self.run.num_images)
+        else:
+            raise PluginError(
+                f"{self.stack.label(plugin)}: step.predict() takes a prompt or a Conditioning; got "
+                f"{type(conditioning).__name__}{state.where}",
+                plugin=plugin,
+            )
+        latents = self.schedule.scaled(state.latents, state.timestep)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+            return self.network(state, latents, conditioning, patch)
 
-    def _on_predicted_x0(self, moment: Moment) -> None:
-        before = moment.x0()
+    def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        scale = self.run.guidance_scale or 0.0
+        begun = cond if uncond is None else self.model.combine(cond, uncond, scale)
+        common = {"cond": cond, "uncond": uncond}
+        combined: Tensor = self.stack.chain(
+            "combine_predictions",
+            begun,
+            lambda name, value: {**common, "prediction": value, "step": Step(state, name)},
+            tensor_problem,
+            state.where,
+        )
+        return combined
+
+    def _on_predicted_x0(self, state: StepState) -> None:
+        before = state.x0
         after = self.stack.chain(
             "on_predicted_x0",
             before,
-            lambda name, x0: {"x0": x0, "step": Step(moment, name)},
+            lambda name, x0: {"x0": x0, "step": Step(state, name)},
             tensor_problem,
-            moment.where,
+            state.where,
         )
         if after is not before:
-            moment.change_x0(after)
+            state.x0 = after
 
-    def _advance(self, moment: Moment) -> Tensor:
-        latents: Tensor | None = self.stack.first(
-            "advance",
-            self._for_step(moment),
-            lambda new: tensor_problem(new, moment.latents),
-            moment.where,
+    def _resampled(self, state: StepState, latents: Tensor) -> Tensor:
+        """The latents, where a plugin says which images go on in whose place."""
+        count = len(latents)
+        answer = self.stack.first(
+            "resample",
+            self._for_step(state),
+            lambda new: _indices_problem(new, count),
+            state.where,
         )
-        generators, preset = self.generators.own, self.guides.preset
-        direction = moment.after_step if preset.rule == "sphere" else None
-        if latents is not None and direction is not None:
-            raise InputError(
-                f"preset {preset.name!r} turns the noise of the scheduler's step, and a plugin "
-                "takes the step in its place; use another preset"
-            )
-        if latents is not None:
-            self.schedule.pass_over(moment.index)
-        elif direction is not None:
-            return self.schedule.turned_step(moment, generators, direction)
-        else:
-            latents = self.schedule.step(moment, generators)
-        return self.guides.after_step(moment, latents)
+        if answer is None:
+            return latents
+        indices = torch.as_tensor(answer).cpu()
+        self.generators.resample(indices.tolist())
+        self.schedule.resample(indices, latents)
+        return latents[indices.to(latents.device)]
 
-    def _check_finite(self, latents: Tensor, moment: Moment) -> None:
+    def _sum_up(self, state: StepState) -> None:
+        """What the trace tells of the whole run."""
+        if self.run.decoder != "vae" and self.final is not None:
+            self.guides.judge(state, self.final, lambda _: self.finished[1])
+        self.trace.remarks = list(self.guides.remarks())
+        if self.trace.remarks:
+            warnings.warn("; ".join(self.trace.remarks), GuideWarning, stacklevel=2)
+
+    def _check_finite(self, latents: Tensor, state: StepState) -> None:
         if images.is_finite(latents):
             return
-        where = f"after step {moment.index} of {moment.num_steps} (sigma {moment.level.sigma:.3g})"
-        records = [r for r in self.trace if r.index == moment.index and r.gradient_norm]
+        where = f"after step {state.index} of {state.num_steps} (sigma {state.level.sigma:.3g})"
+        records = [r for r in self.trace if r.index == state.index and r.gradient_norm]
         if records:
             worst = max(records, key=lambda r: max(r.gradient_norm))
             cause = (
@@ -248,8 +321,52 @@ class Sampling:
     def _for_run(self, *_: Any) -> dict[str, Any]:
         return {"run": self.run}
 
-    def _for_step(self, moment: Moment) -> Callable[[str, Any], dict[str, Any]]:
-        return lambda name, _: {"step": Step(moment, name)}
+    def _for_step(self, state: StepState) -> Callable[[str, Any], dict[str, Any]]:
+        return lambda name, _: {"step": Step(state, name)}
+
+
+class Outside:
+    """Outside of hard masks the picture is that of the run without the guides that have them.
+
+    That run goes along, a step at a time: after each, its latents are put back there.
+
+    Raises:
+        InputError: a plugin of the run moves images to other places.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        hard = {name for name, region in sampling.guides.regions.items() if region.hard}
+        self._other: Sampling | None = None
+        self._steps: Iterator[Step] = iter(())
+        if not hard:
+            return
+        if sampling.stack.calls["resample"]:
+            raise InputError("mask_edge='hard' cannot go with a plugin that resamples images")
+        self._other = sampling.again(sampling.stack.without(hard))
+        self._steps = self._other.steps()
+        masks = [sampling.guides.regions[name].of(sampling.shape[1:]) for name in hard]
+        self._inside = (torch.stack(masks).amax(dim=0) > 0).to(sampling.model.device)
+
+    def held(self, latents: Tensor) -> Tensor:
+        """A step's result, with the other run's own outside."""
+        if self._other is None:
+            return latents
+        next(self._steps, None)
+        return self._with(latents, self._other.latents)
+
+    def held_x0(self, x0: Tensor) -> Tensor:
+        """The same of what a run ends with that is ended early."""
+        if self._other is None or self._other.latest is None:
+            return x0
+        return self._with(x0, self._other.latest.x0)
+
+    def _with(self, ours: Tensor, theirs: Tensor | None) -> Tensor:
+        return ours if theirs is None else torch.where(self._inside, ours, theirs.to(ours))
+
+    def close(self) -> None:
+        """End the other run."""
+        if isinstance(self._steps, Generator):
+            self._steps.close()
 
 
 def _start_problem(answer: Any, like: Tensor, num_steps: int) -> str | None:
@@ -262,4 +379,16 @@ def _start_problem(answer: Any, like: Tensor, num_steps: int) -> str | None:
         return problem
     if not isinstance(first, int) or not 0 <= first < num_steps:
         return f"starts at {first!r}; expected 0 to {num_steps - 1}"
+    return None
+
+
+def _indices_problem(answer: Any, count: int) -> str | None:
+    """What is wrong with a `resample`'s answer."""
+    try:
+        indices = torch.as_tensor(answer)
+    except (TypeError, ValueError, RuntimeError):
+        return f"returned {type(answer).__name__}; expected indices of the images, shape ({count},)"
+    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if not whole or indices.shape != (count,) or not ((indices >= 0) & (indices < count)).all():
+        return f"returned {indices.tolist()}; expected {count} indices of images, 0 to {count - 1}"
     return None

@@ -1,94 +1,172 @@
-"""A run's prompt and negative prompt, and what the network gets of them at each step."""
+"""A run's prompt and negative prompt, and what the network is told of them at each step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from torch import Tensor
+
+from ..errors import InputError, in_utf8
 from ..hooks.stack import Stack
-from ..models.text import (
-    Conditioning,
-    Embedding,
-    TextEncoder,
-    View,
-    Vocabulary,
-    collect_vocabulary,
-    embed,
-    transform,
-)
+from ..models.protocol import Conditioning, Embedding, Role, TextEncoder
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One of a run's two prompts: encoded once, transformed by the plugins as often as asked."""
-
-    text: str
-    role: Literal["positive", "negative"]
-    encoders: Sequence[TextEncoder]
-    words: Mapping[str, Vocabulary]
-    stack: Stack
-    run: Any
-    encoded: dict[str, Embedding] = field(default_factory=dict)
-
-    def embeddings(self, view: View = lambda _: None, where: str = "") -> list[Embedding]:
-        """One embedding of each text encoder, after both stages.
-
-        Args:
-            view: the step as the plugin of that name sees it; None before the first.
-            where: for error messages.
-        """
-        return [self._embedding(encoder, view, where) for encoder in self.encoders]
-
-    def _embedding(self, encoder: TextEncoder, view: View, where: str) -> Embedding:
-        def encode(text: str) -> Embedding:
-            words = self.words[encoder.name]
-            return embed(encoder, text, self.role, self.stack, self.run, words)
-
-        if encoder.name not in self.encoded:
-            self.encoded[encoder.name] = encode(self.text)
-        before = self.encoded[encoder.name]
-        return transform(before, self.stack, self.run, encode, view, where)
+View = Callable[[str], Any]  # the step as the plugin of that name sees it
 
 
 class Prompts:
-    """Both prompts of a run, rewritten by the plugins, and encoded.
+    """Both prompts of a run, rewritten by the plugins, and encoded once.
 
     Attributes:
         positive: the prompt's conditioning before the first step.
     """
 
     def __init__(self, run: Any, stack: Stack) -> None:
-        text = stack.chain(
+        self._run, self._stack = run, stack
+        prompt = stack.chain(
             "prompt_transform",
             run.prompt,
             lambda _, value: {"prompt": value, "run": run},
-            lambda new, _: None if isinstance(new, str) else f"returned {new!r}; expected text",
+            lambda new, _: _text_problem(new),
         )
-        encoders = run.model.text_encoders
-        words = collect_vocabulary(stack, run, encoders)
-        self._run = run
-        self._prompt = Prompt(text, "positive", encoders, words, stack, run)
-        self._negative = Prompt(run.negative_prompt, "negative", encoders, words, stack, run)
+        self._texts: dict[Role, str] = {"positive": prompt, "negative": run.negative_prompt}
+        words = collect_vocabulary(stack, run, run.model.text_encoders)
+        self._encoders = [e.with_words(words[e.name]) for e in run.model.text_encoders]
+        self._encoded: dict[tuple[str, Role, str], Embedding] = {}
         self._by_step = any("step" in c.arguments for c in stack.calls["embedding_transform"])
-        self._before = self._conditioning(lambda _: None, "")
+        self._before = self._both(lambda _: None, "")
         self.positive = self._before[0]
 
     def conditioning(self, view: View, where: str) -> tuple[Conditioning, Conditioning]:
         """The prompt's, and what the network gets at a step: negative first under guidance.
 
         Args:
-            view: the step as the plugin of that name sees it.
+            view: the step as the plugin of that name sees it; None before the first.
             where: for error messages.
         """
-        return self._conditioning(view, where) if self._by_step else self._before
+        return self._both(view, where) if self._by_step else self._before
 
-    def _conditioning(self, view: View, where: str) -> tuple[Conditioning, Conditioning]:
-        def condition(prompt: Prompt) -> Conditioning:
-            conditioning: Conditioning = self._run.model.condition(prompt.embeddings(view, where))
-            return conditioning.expand(self._run.num_images)
+    def of_text(self, text: str) -> Conditioning:
+        """Another prompt's, with the plugins' words and their answers at stage "token"."""
+        if problem := _text_problem(text):
+            raise InputError(f"step.predict: the prompt {problem}")
+        embeddings = [self._encode(encoder, "positive", text) for encoder in self._encoders]
+        return self._condition(embeddings, "positive")
 
-        positive = condition(self._prompt)
+    def _both(self, view: View, where: str) -> tuple[Conditioning, Conditioning]:
+        positive = self._of_role("positive", view, where)
         if not self._run.guided_by_prompt:
             return positive, positive
-        return positive, condition(self._negative).cat(positive)
+        return positive, self._of_role("negative", view, where).cat(positive)
+
+    def _of_role(self, role: Role, view: View, where: str) -> Conditioning:
+        return self._condition(
+            [self._embedding(e, role, view, where) for e in self._encoders], role
+        )
+
+    def _condition(self, embeddings: Sequence[Embedding], role: Role) -> Conditioning:
+        conditioning: Conditioning = self._run.model.condition(embeddings, role, self._run)
+        return conditioning.expand(self._run.num_images)
+
+    def _embedding(self, encoder: TextEncoder, role: Role, view: View, where: str) -> Embedding:
+        """One prompt's, after both stages."""
+
+        def encode(text: str) -> Embedding:
+            return self._encode(encoder, role, text)
+
+        before = encode(self._texts[role])
+        return self._transformed(before, view, where, encode)
+
+    def _encode(self, encoder: TextEncoder, role: Role, text: str) -> Embedding:
+        """A text's at stage "prompt", with all plugins' answers at stage "token" in it."""
+        key = encoder.name, role, text
+        if key not in self._encoded:
+            self._encoded[key] = encoder.encode(
+                encoder.tokenize(text), role, lambda e: self._transformed(e, lambda _: None, "")
+            )
+        return self._encoded[key]
+
+    def _transformed(
+        self,
+        embedding: Embedding,
+        view: View,
+        where: str,
+        encode: Callable[[str], Embedding] | None = None,
+    ) -> Embedding:
+        """After all plugins' `embedding_transform`."""
+        run = self._run
+        answer: Embedding = self._stack.chain(
+            "embedding_transform",
+            embedding,
+            lambda name, old: {"embedding": old, "run": run, "step": view(name), "encode": encode},
+            lambda new, old: embedding_problem(new, old, run.num_images),
+            where,
+        )
+        return answer
+
+
+def _text_problem(text: object) -> str | None:
+    if not isinstance(text, str):
+        return f"returned {text!r}; expected text"
+    try:
+        in_utf8(text)
+    except ValueError as error:
+        return f"is {text!r}; expected {error}"
+    return None
+
+
+def collect_vocabulary(
+    stack: Stack, run: Any, encoders: Sequence[TextEncoder]
+) -> dict[str, dict[str, Tensor]]:
+    """All plugins' new words, checked: `{encoder name: {word: (n, D) tensor}}`.
+
+    Raises:
+        PluginError: a word is not text without spaces, its vectors do not fit, or two plugins add
+            the same word.
+    """
+    words: dict[str, dict[str, Tensor]] = {encoder.name: {} for encoder in encoders}
+    owners: dict[str, str] = {}
+    for name, answer in stack.collect("vocabulary", lambda *_: {"run": run}):
+        if not isinstance(answer, Mapping):
+            stack.blame(name, "vocabulary", f"returned {type(answer).__name__}; expected a mapping")
+        for word, vectors in answer.items():
+            if not isinstance(word, str) or not word or any(c.isspace() for c in word):
+                stack.blame(name, "vocabulary", f"gave {word!r}; a word has no spaces")
+            if problem := _text_problem(word):
+                stack.blame(name, "vocabulary", f"gave a word that {problem}")
+            if word in owners:
+                stack.blame(name, "vocabulary", f"adds {word!r}, as {owners[word]!r} does already")
+            owners[word] = name
+            for encoder in encoders:
+                values: Any = vectors.get(encoder.name) if isinstance(vectors, Mapping) else vectors
+                if problem := _vector_problem(values, encoder):
+                    stack.blame(name, "vocabulary", f"gave {problem} for {word!r}")
+                words[encoder.name][word] = values
+    return words
+
+
+def _vector_problem(values: object, encoder: TextEncoder) -> str | None:
+    if not isinstance(values, Tensor) or values.ndim != 2 or values.shape[1] != encoder.width:
+        came = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        return f"{came}; {encoder.name} takes vectors of shape (n, {encoder.width})"
+    if not values.isfinite().all():
+        return "vectors that are not finite"
+    return None
+
+
+def embedding_problem(answer: Any, old: Embedding, num_images: int) -> str | None:
+    """What is wrong with an `embedding_transform`'s answer."""
+    if not isinstance(answer, Embedding):
+        return f"returned {type(answer).__name__}; expected an Embedding or None"
+    allowed = {1, num_images} if answer.stage == "prompt" else {1}
+    if len(answer.values) not in allowed or answer.values.shape[1:] != old.values.shape[1:]:
+        return (
+            f"returned values of shape {tuple(answer.values.shape)} at stage {answer.stage!r}; "
+            f"expected {tuple(old.values.shape)}"
+        )
+    if dataclasses.replace(answer, values=old.values, pooled=old.pooled) != old:
+        return "changed stage, role, tokens or encoder; only values and pooled may change"
+    if not answer.values.isfinite().all():
+        return f"returned values that are not finite at stage {answer.stage!r}"
+    return None

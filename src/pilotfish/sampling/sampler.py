@@ -6,14 +6,14 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..errors import PilotfishError
 from ..hooks.stack import Stack
 from ..runs import pictures as images
-from ..runs.run import Options, Run
+from ..runs.run import Run, check_keywords
 from .loop import Sampling
 from .step import Step
 from .trace import Trace
@@ -52,7 +52,9 @@ class Result:
         with contextlib.suppress(PilotfishError):
             run = self.run.to_toml()
         files = images.numbered(path, len(self.images))
-        return [images.save(p, file, run) for p, file in zip(self.images, files, strict=True)]
+        return [
+            images.save_picture(p, file, run) for p, file in zip(self.images, files, strict=True)
+        ]
 
 
 class Stream(Iterator[Step]):
@@ -103,25 +105,26 @@ class Sampler:
 
     @classmethod
     def from_pipeline(cls, pipeline: Any) -> Sampler:
-        """Use the networks of a `StableDiffusionPipeline`, with its LoRAs and textual inversions.
+        """Use the networks of a pipeline, with its LoRAs and textual inversions.
 
-        The pipeline's safety checker is not run.
+        They are used as they are when a run begins: what is loaded, swapped or cast later counts
+        from the next run on. The pipeline itself is never changed, its safety checker not run.
 
         Raises:
-            ModelError: the pipeline is of another kind.
+            ModelError: no model family takes a pipeline of this kind, or not this one.
         """
-        from ..models.stable_diffusion import StableDiffusion
+        from ..models.loading import adapt
 
-        return cls(StableDiffusion(pipeline))
+        return cls(adapt(pipeline))
 
     def __call__(
-        self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Unpack[Options]
+        self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Any
     ) -> Result:
         """Make pictures.
 
         Args:
-            plugins: in order; instances, strings `"blue:scale=2,every=5"`, or mappings
-                `{"use": "blue", "scale": 2}`.
+            plugins: in order; instances, strings `"blue:scale=2,every=5"`, mappings
+                `{"use": "blue", "scale": 2}`, or functions of a step: losses.
             options: see `pilotfish.Run`.
 
         Raises:
@@ -131,15 +134,11 @@ class Sampler:
         """
         return self.stream(prompt, plugins=plugins, **options).result()
 
-    def stream(
-        self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Unpack[Options]
-    ) -> Stream:
+    def stream(self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Any) -> Stream:
         """The same as an iterator over steps: watch, preview, or break when it is good enough.
 
         Everything is checked before the first step is asked for. Arguments as in `__call__`.
         """
+        check_keywords(options)
         stack = Stack(plugins)
-        if options.get("seed") is None:
-            options.pop("seed", None)
-        run = Run(prompt=prompt, **cast("dict[str, Any]", options))
-        return Stream(Sampling(self.model, run, stack))
+        return Stream(Sampling(self.model, Run(prompt=prompt, **options), stack))

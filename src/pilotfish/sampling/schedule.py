@@ -1,115 +1,226 @@
-"""The noise schedule of one run, and how the latents go along it: the scheduler's step."""
+"""The noise schedule of one run, and how the latents go along it: all that touches a scheduler."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from ..guidance import moves as rules
+from ..errors import InputError, ModelError, PilotfishError
+from ..guidance import moves
 from ..guidance.gradients import rms
-from ..guidance.noise import CLEAN, NoiseLevel, noise_level
-from ..guidance.presets import find_preset
-from .generators import copied, draw, seeded
+from ..guidance.noise import CLEAN, NoiseLevel, draw
+from .generators import copied
 
 if TYPE_CHECKING:
-    from .step import Moment
-
-TURN = "host turn"  # a name that no plugin can have
+    from .step import StepState
 
 
 class Schedule:
     """A run's scheduler and the noise levels of its steps.
 
     Args:
-        scheduler: a diffusers scheduler of this run's own.
+        scheduler: a diffusers scheduler of its own.
         steps: as the user counts them.
+        set_timesteps: lets the scheduler choose its steps as a model's family does; None is the
+            scheduler's own way.
+
+    Attributes:
+        name: the scheduler's class.
+        timesteps: (num_steps,), the network's own index at each step.
+        levels: the noise level at which each step finds the latents.
+        order: steps of the loop for each of the user's: 2 for Heun, mostly 1.
+
+    Raises:
+        InputError: the scheduler cannot take so many steps, or x0 cannot be told at one of them.
+        ModelError: pilotfish cannot tell its noise levels.
     """
 
-    def __init__(self, scheduler: Any, steps: int, device: torch.device) -> None:
-        scheduler.set_timesteps(steps, device=device)
-        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
+    def __init__(
+        self,
+        scheduler: Any,
+        steps: int,
+        set_timesteps: Callable[[Any, int], None] = lambda s, n: s.set_timesteps(n),
+    ) -> None:
+        self._scheduler, self.name = scheduler, type(scheduler).__name__
+        try:
+            set_timesteps(scheduler, steps)
+        except PilotfishError:
+            raise
+        except Exception as error:  # whatever a scheduler makes of a number that it cannot take
+            raise InputError(f"{self.name} cannot take {steps} steps: {error}") from error
+        self.timesteps: Tensor = scheduler.timesteps
         self.num_steps = len(self.timesteps)
-        self.name = type(scheduler).__name__
-        self._two_stages = self.num_steps != steps
+        self.order = int(getattr(scheduler, "order", 1))
         # What `step` takes beside the rest; eta = 0 as in StableDiffusionPipeline.
         accepted = inspect.signature(scheduler.step).parameters
         self._options = {k: v for k, v in (("eta", 0.0), ("generator", None)) if k in accepted}
+        keeps = any(hasattr(scheduler, n) for n in ("sample", "last_sample", "cur_sample"))
+        # Only what is taken once may be taken again: those keep latents from the step before.
+        self.can_repeat = self.num_steps == steps and not keeps
+        self.levels = self._levels(steps)
+        if self.num_steps > 1 and self.timesteps[0] == self.timesteps[1]:
+            self.begin_at(0)  # where it looks for its first timestep, it would find the second
 
-    def level(self, index: int) -> NoiseLevel:
-        """The noise level of step `index`."""
-        return noise_level(self.scheduler, index)
+    def _levels(self, steps: int) -> tuple[NoiseLevel, ...]:
+        """A table of all levels, so that one that is asked for ahead of time is the one that comes.
+
+        A scheduler of two stages knows the second one's when it is there: a copy goes ahead.
+        """
+        if self.can_repeat:
+            self._check_range()
+            return tuple(noise_level(self._scheduler, i) for i in range(self.num_steps))
+        ahead, levels = copy.deepcopy(self._scheduler), []
+        latents = torch.zeros(1, 1, 1, 1, device=self.timesteps.device)
+        generators = [torch.Generator().manual_seed(0)]
+        try:
+            for index, timestep in enumerate(self.timesteps):
+                ahead.scale_model_input(latents, timestep)
+                levels.append(noise_level(ahead, index))
+                latents = self._step(ahead, latents, timestep, latents, generators)
+        except PilotfishError:
+            raise
+        except Exception as error:  # whatever it makes of a number that it cannot take
+            raise InputError(f"{self.name} cannot take {steps} steps: {error}") from error
+        return tuple(levels)
+
+    def _check_range(self) -> None:
+        known = len(getattr(self._scheduler, "alphas_cumprod", ()))
+        most = float(self.timesteps.max()) if self.num_steps else 0.0
+        if known and not hasattr(self._scheduler, "sigmas") and most >= known:
+            raise InputError(
+                f"{self.name} with {self.num_steps} steps asks for timestep {most:.0f}, and the "
+                f"model knows 0 to {known - 1}: take fewer steps, or timestep_spacing = 'trailing'"
+            )
+
+    @property
+    def initial_scale(self) -> float | Tensor:
+        """What pure noise is multiplied by."""
+        scale: float | Tensor = getattr(self._scheduler, "init_noise_sigma", 1.0)
+        return scale
 
     def following(self, index: int) -> NoiseLevel:
         """The noise level after step `index`."""
-        return CLEAN if index + 1 == self.num_steps else self.level(index + 1)
+        return CLEAN if index + 1 == self.num_steps else self.levels[index + 1]
 
-    def can_repeat(self) -> bool:
-        """Whether `scheduler.step` starts from the latents that it is given, at every step."""
-        keeps = any(hasattr(self.scheduler, n) for n in ("sample", "last_sample", "cur_sample"))
-        return not (self._two_stages or keeps)
+    def scaled(self, latents: Tensor, timestep: Any) -> Tensor:
+        """Latents as the network takes them."""
+        if not hasattr(self._scheduler, "scale_model_input"):
+            return latents
+        result: Tensor = self._scheduler.scale_model_input(latents, timestep)
+        return result
+
+    def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean latents (B, C, H, W) with noise of the level of step `index`, as in diffusers."""
+        self.begin_at(index)  # it looks there for the level
+        timesteps = self.timesteps[index].repeat(len(x0))
+        if hasattr(self._scheduler, "add_noise"):
+            latents: Tensor = self._scheduler.add_noise(x0, noise, timesteps)
+        else:
+            latents = self._scheduler.scale_noise(x0, timesteps, noise)
+        return latents
+
+    def as_used(self, x0: Tensor) -> Tensor:
+        """Predicted clean latents as the scheduler uses them: clipped where it clips."""
+        config = self._scheduler.config
+        if config.get("thresholding"):
+            x0 = self._scheduler._threshold_sample(x0)
+        elif config.get("clip_sample"):
+            limit = config.get("clip_sample_range", 1.0)
+            x0 = x0.clamp(-limit, limit)
+        return x0
 
     def strengths(self, kind: str) -> list[float]:
         """What a preset's strengths are multiplied by at each step."""
-        if kind == "constant":
-            return [1.0] * self.num_steps
-        return rules.schedule([self.level(index) for index in range(self.num_steps)], kind)
+        return [1.0] * self.num_steps if kind == "constant" else moves.schedule(self.levels, kind)
 
     def begin_at(self, index: int) -> None:
         """Take step `index` first."""
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(index)
+        if hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(index)
 
-    def pass_over(self, index: int) -> None:
+    def skip(self, index: int) -> None:
         """Let the scheduler know that step `index` was taken without it.
 
         `scale_model_input` counts on `step` to move its index; there is no public way to do so.
         """
-        if getattr(self.scheduler, "step_index", None) is not None:
-            self.scheduler._step_index = index + 1
+        if getattr(self._scheduler, "step_index", None) is not None:
+            self._scheduler._step_index = index + 1
 
-    def step(self, moment: Moment, generators: list[torch.Generator]) -> Tensor:
+    def resample(self, indices: Tensor, like: Tensor) -> None:
+        """Let the scheduler's history follow images that take others' places.
+
+        Args:
+            indices: see `resample` of the hooks.
+            like: latents (B, C, H, W), by whose shape the history is known.
+        """
+
+        def followed(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.shape == like.shape:
+                return value[indices.to(value.device)]
+            if isinstance(value, list | tuple):
+                return type(value)(map(followed, value))
+            return value
+
+        for name, value in vars(self._scheduler).items():
+            if name != "_internal_dict":
+                vars(self._scheduler)[name] = followed(value)
+
+    def step(self, state: StepState, generators: list[torch.Generator]) -> Tensor:
         """The next latents: `scheduler.step`."""
-        return self._step(self.scheduler, moment, generators)
+        return self._step(self._scheduler, state.output, state.timestep, state.latents, generators)
 
-    def _step(self, scheduler: Any, moment: Moment, generators: list[torch.Generator]) -> Tensor:
-        options: dict[str, Any] = dict(self._options)
+    def _step(
+        self,
+        scheduler: Any,
+        output: Any,
+        timestep: Any,
+        latents: Tensor,
+        generators: list[torch.Generator],
+    ) -> Tensor:
+        options = dict(self._options)
         if "generator" in options:
             options["generator"] = generators if len(generators) > 1 else generators[0]
-        latents: Tensor = scheduler.step(
-            moment.output, moment.timestep, moment.latents, **options, return_dict=False
-        )[0]
-        return latents
+        after: Tensor = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
+        return after
 
-    def turned_step(
-        self, moment: Moment, generators: list[torch.Generator], direction: Tensor
+    def spherical_step(
+        self,
+        state: StepState,
+        generators: list[torch.Generator],
+        others: Callable[[], list[torch.Generator]],
+        direction: Tensor,
     ) -> Tensor:
         """The scheduler's step with its noise turned towards a direction: the rule "sphere".
 
         Which part of a step is noise no scheduler tells, but two steps with different noise do: a
         copy of the scheduler takes the second.
 
+        Args:
+            others: generators for the second, new ones at each call.
+
         Raises:
             InputError: the scheduler draws no noise, or draws it otherwise.
         """
-        draws = [[copied(g) for g in generators], seeded(moment.run, TURN)]
-        noises = [draw(moment.latents.shape, d, moment.latents.dtype).to(direction) for d in draws]
-        other = self._step(copy.deepcopy(self.scheduler), moment, seeded(moment.run, TURN))
-        latents, other = self.step(moment, generators), other.to(direction)
+        draws = [[copied(g) for g in generators], others()]
+        noises = [draw(state.latents.shape, d, state.latents.dtype).to(direction) for d in draws]
+        ahead = copy.deepcopy(self._scheduler)
+        other = self._step(ahead, state.output, state.timestep, state.latents, others())
+        latents, other = self.step(state, generators), other.to(direction)
         deviation = rms(latents - other) / rms(noises[0] - noises[1])
         noise = deviation * noises[0]
         mean, same = latents - noise, other - deviation * noises[1]
-        if moment.index + 1 < self.num_steps and not _is_all(noise, mean, same):
+        if state.index + 1 < self.num_steps and not _is_all(noise, mean, same):
             raise InputError(
-                f"preset {find_preset(moment.run.preset).name!r} turns the noise that each step "
-                f"adds, and {self.name} adds none that can be told from its step; use "
-                "scheduler='euler-ancestral' or 'ddpm'"
+                f"the rule 'sphere' turns the noise that each step adds, and {self.name} adds none "
+                "that can be told from its step; use scheduler='euler-ancestral' or 'ddpm', or "
+                "another preset"
             )
-        return rules.turned(mean, noise, deviation, direction).to(latents.dtype)
+        return moves.spherical(mean, noise, deviation, direction).to(latents.dtype)
 
 
 def _is_all(noise: Tensor, mean: Tensor, same: Tensor) -> bool:
@@ -117,3 +228,67 @@ def _is_all(noise: Tensor, mean: Tensor, same: Tensor) -> bool:
     size = float(mean.abs().max())
     drawn = float(noise.abs().max()) > 1e-6 * size
     return drawn and float((mean - same).abs().max()) < 1e-3 * size
+
+
+def noise_level(scheduler: Any, index: int) -> NoiseLevel:
+    """The noise level at which `scheduler` expects the latents of step `index`.
+
+    Nothing here calls `scheduler.step`, which would change the scheduler's state and, in most of
+    diffusers' schedulers, not tell x0.
+
+    Args:
+        scheduler: a diffusers scheduler after `set_timesteps`. Two-stage schedulers are asked for
+            their present stage, so the level of a step is known only when that step is next.
+        index: position in `scheduler.timesteps`.
+
+    Raises:
+        InputError, ModelError: see `Schedule`.
+    """
+    alpha, sigma = _alpha_sigma(scheduler, index)
+    prediction_type = "flow" if _is_flow(scheduler) else scheduler.config.prediction_type
+    if hasattr(scheduler, "precondition_outputs"):
+        skip, out = _edm(sigma, scheduler.config.sigma_data, prediction_type)
+        return NoiseLevel(alpha, sigma, skip, out, prediction_type)
+    return NoiseLevel.of(alpha, sigma, prediction_type)
+
+
+def _alpha_sigma(scheduler: Any, index: int) -> tuple[float, float]:
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # DPM-Solver, UniPC, DEIS, SA-Solver
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index])
+        return float(alpha), float(sigma)
+    if hasattr(scheduler, "sigmas"):
+        sigma = _stage_sigma(scheduler, index)
+        return (1 - sigma if _is_flow(scheduler) else 1.0), sigma
+    if hasattr(scheduler, "alphas_cumprod"):  # DDIM, DDPM, PNDM, LCM, TCD
+        abar = float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])
+        return abar**0.5, (1 - abar) ** 0.5
+    raise ModelError(
+        f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod; "
+        "pilotfish cannot tell its noise levels. Use another scheduler."
+    )
+
+
+def _stage_sigma(scheduler: Any, index: int) -> float:
+    """Sigma of the current stage: KDPM2 and DPM-Solver-SDE have their second stage in between."""
+    if getattr(scheduler, "state_in_first_order", True) or not (
+        hasattr(scheduler, "sigmas_interpol") or hasattr(scheduler, "mid_point_sigma")
+    ):
+        return float(scheduler.sigmas[index])
+    if hasattr(scheduler, "mid_point_sigma"):
+        return float(scheduler.mid_point_sigma)
+    ancestral = hasattr(scheduler, "sigmas_up")  # there the list starts one earlier
+    return float(scheduler.sigmas_interpol[index - 1 if ancestral else index])
+
+
+def _is_flow(scheduler: Any) -> bool:
+    """Whether the latents are a straight line from x0 to noise."""
+    if scheduler.config.get("use_flow_sigmas", False):
+        return True
+    return not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
+
+
+def _edm(sigma: float, sigma_data: float, prediction_type: str) -> tuple[float, float]:
+    """Karras et al. 2022, arXiv 2206.00364, table 1."""
+    variance = sigma**2 + sigma_data**2
+    sign = -1 if prediction_type == "v_prediction" else 1
+    return sigma_data**2 / variance, sign * sigma * sigma_data / variance**0.5

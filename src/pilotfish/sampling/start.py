@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Start:
 
     order: int
     generator: list[torch.Generator]
-    _scheduler: Any = field(repr=False)
+    _schedule: Schedule = field(repr=False)
 
     def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
         """Clean latents (B, C, H, W) with noise, at the level of step `index`, as diffusers has it.
@@ -29,8 +30,4 @@ class Start:
         Args:
             index: where the run will start.
         """
-        if hasattr(self._scheduler, "set_begin_index"):  # it looks there for the level
-            self._scheduler.set_begin_index(index)
-        timesteps = self._scheduler.timesteps[index].repeat(len(x0))
-        latents: Tensor = self._scheduler.add_noise(x0, noise, timesteps)
-        return latents
+        return self._schedule.noised(x0, noise, index)

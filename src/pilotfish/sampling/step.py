@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PilotfishError
 from ..guidance.gradients import Leaves
-from ..guidance.noise import CLEAN, NoiseLevel
-from ..models.text import Conditioning
+from ..guidance.noise import CLEAN, NoiseLevel, at_least_float32
+from ..models.protocol import Conditioning
 from ..runs import pictures as images
 from ..runs.run import Run
 
@@ -21,8 +22,21 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Moment:
-    """What all views of one step share; lazy values are computed once."""
+class StepState:
+    """What all views of one step share; lazy values are computed once.
+
+    Attributes:
+        conditioning: the prompt's, for each image.
+        both: what the network is told, with the negative prompt's before it under guidance.
+        predict: see `Step.predict`.
+        as_used: predicted clean latents as the scheduler uses them.
+        following: the level after this step.
+        output: what the network answered, or would have for this x0.
+        network_latents, network_conditioning: what the network gets at its present call.
+        repeat: how often this step has been taken before.
+        after: what the guides add to the step's result.
+        direction: where they turn the step's noise, under the rule "sphere".
+    """
 
     run: Run
     index: int
@@ -32,73 +46,85 @@ class Moment:
     latents: Tensor
     conditioning: Conditioning
     generators: Callable[[str], list[torch.Generator]]
-    following: Callable[[], NoiseLevel] = lambda: CLEAN  # the level after this step
+    both: Conditioning | None = None
+    predict: Callable[[StepState, str, Any, Any], Tensor] | None = None
+    as_used: Callable[[Tensor], Tensor] = lambda x0: x0
+    following: NoiseLevel = CLEAN
     output: Tensor | None = None
-    known_x0: Tensor | None = None
-    repeat: int = 0  # how often this step has been taken before
-    after_step: Tensor | None = None  # what the guides do to the step's result
+    network_latents: Tensor | None = None
+    network_conditioning: Conditioning | None = None
+    repeat: int = 0
+    after: Tensor | None = None
+    direction: Tensor | None = None
     stopped: bool = False
-    views: dict[str, Tensor] = field(default_factory=dict)
+    _x0: Tensor | None = None
+    _views: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # For error messages; a property would format it for every hook.
         self.where = f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
 
+    @property
     def x0(self) -> Tensor:
-        """Predicted clean latents."""
-        if self.known_x0 is None:
+        """Predicted clean latents, which the scheduler will use."""
+        if self._x0 is None:
             if self.output is None:
                 raise PilotfishError(
                     "step.x0, eps, rgb and image are known only after the network has run; "
                     "in before_step use step.latents"
                 )
-            self.known_x0 = self.level.x0(self.latents, self.output)
-        return self.known_x0
+            self._x0 = self.as_used(self.level.x0(self.latents, self.output))
+        return self._x0
+
+    @x0.setter
+    def x0(self, x0: Tensor) -> None:
+        """Replace x0, and the output by the one that would have given it."""
+        self._x0 = self.as_used(x0)
+        if self.output is not None and self.level.out:  # at sigma 0 every output gives the same x0
+            self.output = self.level.output(self.latents, self._x0).to(self.output.dtype)
+        self._views.clear()
 
     def view(self, name: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         """A picture of x0, built once."""
-        if name not in self.views:
+        if name not in self._views:
             with torch.no_grad():  # a stream's reader may have gradients on
-                self.views[name] = build(self.x0().detach())
-        return self.views[name]
+                self._views[name] = build(self.x0.detach())
+        return self._views[name]
 
     def detach(self) -> None:
         """Let go of the graph."""
         self.latents = self.latents.detach()
         self.output = None if self.output is None else self.output.detach()
-        self.known_x0 = None if self.known_x0 is None else self.known_x0.detach()
+        self._x0 = None if self._x0 is None else self._x0.detach()
 
-    def change_x0(self, x0: Tensor) -> None:
-        """Replace x0, and the output that would have given it."""
-        if self.output is None:
-            raise ValueError("no prediction to change")
-        self.output = self.level.output(self.latents, x0).to(self.output.dtype)
-        self.known_x0 = x0
-        self.views.clear()
+    def finished(self, latents: Tensor) -> StepState:
+        """The same step once more, at noise level zero, with the finished latents."""
+        x0 = at_least_float32(latents)
+        return replace(self, latents=latents, level=CLEAN, _x0=x0, _views={})
 
 
 class Step:
     """One step of a run: read-only, with lazy values that all plugins share."""
 
-    __slots__ = ("_leaves", "_moment", "_plugin")
+    __slots__ = ("_leaves", "_plugin", "_state")
 
-    def __init__(self, moment: Moment, plugin: str = "", leaves: Leaves | None = None) -> None:
-        self._moment, self._plugin, self._leaves = moment, plugin, leaves
+    def __init__(self, state: StepState, plugin: str = "", leaves: Leaves | None = None) -> None:
+        self._state, self._plugin, self._leaves = state, plugin, leaves
 
     @property
     def index(self) -> int:
         """Position in the loop, from 0."""
-        return self._moment.index
+        return self._state.index
 
     @property
     def num_steps(self) -> int:
         """Of the loop: two-stage schedulers such as Heun have nearly two for each of the user's."""
-        return self._moment.num_steps
+        return self._state.num_steps
 
     @property
     def run(self) -> Run:
         """The run's description; `run.model` holds the networks."""
-        return self._moment.run
+        return self._state.run
 
     @property
     def progress(self) -> float:
@@ -108,75 +134,118 @@ class Step:
     @property
     def last(self) -> bool:
         """Whether the run ends after this step: because no other follows, or by `stop`."""
-        return self._moment.stopped or self.index + 1 == self.num_steps
+        return self._state.stopped or self.index + 1 == self.num_steps
 
     @property
     def timestep(self) -> Tensor:
         """The network's own index, a scalar."""
-        return self._moment.timestep
+        return self._state.timestep
 
     @property
     def alpha(self) -> float:
         """`latents = alpha * x0 + sigma * eps`."""
-        return self._moment.level.alpha
+        return self._state.level.alpha
 
     @property
     def sigma(self) -> float:
         """`latents = alpha * x0 + sigma * eps`."""
-        return self._moment.level.sigma
+        return self._state.level.sigma
 
     @property
     def next_alpha(self) -> float:
         """`alpha` of the latents that the step leads to; 1 after the last."""
-        return self._moment.following().alpha
+        return self._state.following.alpha
 
     @property
     def next_sigma(self) -> float:
         """`sigma` of the latents that the step leads to; 0 after the last."""
-        return self._moment.following().sigma
+        return self._state.following.sigma
 
     @property
     def latents(self) -> Tensor:
         """Noisy latents (B, C, H, W), before this step is taken."""
-        return self._moment.latents.detach()
+        return self._state.latents.detach()
 
     @property
     def eps(self) -> Tensor:
         """Predicted noise (B, C, H, W), after classifier-free guidance."""
-        moment = self._moment
-        x0 = moment.x0().detach()
-        return moment.level.eps(moment.latents.detach(), x0)
+        state = self._state
+        return state.level.eps(state.latents.detach(), state.x0.detach())
 
     @property
     def x0(self) -> Tensor:
         """Predicted clean latents (B, C, H, W), float32."""
         if self._leaves is not None:
             return self._leaves("x0")
-        return self._moment.x0().detach()
+        return self._state.x0.detach()
 
     @property
     def image(self) -> Tensor:
         """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
         if self._leaves is not None:
             return self._leaves("image")
-        return self._moment.view("image", self.run.model.decoder(self.run.decoder))
+        return self._state.view("image", self.run.model.decoder(self.run.decoder))
 
     @property
     def rgb(self) -> Tensor:
         """Linear estimate of the colours of x0 (B, 3, H, W) in about [0, 1], nearly free."""
         if self._leaves is not None:
             return self._leaves("rgb")
-        return self._moment.view("rgb", self.run.model.rgb)
+        return self._state.view("rgb", self.run.model.rgb)
 
     @property
     def embeddings(self) -> Tensor:
         """The prompt's embedding as the network gets it (B, T, D)."""
-        return self._moment.conditioning.values
+        return self._state.conditioning["values"]
+
+    @property
+    def network_latents(self) -> Tensor:
+        """What the network gets at its present call, scaled: (N, C, H, W), N is B or 2B.
+
+        Known in `network_inputs` and `around_network`.
+        """
+        return self._known(self._state.network_latents, "network_latents")
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the network is told at its present call, for N images: `conditioning["values"]` ...
+
+        Known in `network_inputs` and `around_network`.
+        """
+        return self._known(self._state.network_conditioning, "conditioning")
+
+    def _known(self, value: Any, name: str) -> Any:
+        if value is None:
+            raise PilotfishError(f"step.{name} is known only when the network is called")
+        return value
+
+    def predict(
+        self,
+        conditioning: Conditioning | str | None = None,
+        patch: AbstractContextManager[Any]
+        | Callable[[], AbstractContextManager[Any]]
+        | None = None,
+    ) -> Tensor:
+        """One more prediction of the network at this step: (B, C, H, W), of its own kind.
+
+        Differentiable where this step's gradient goes through the network.
+
+        Args:
+            conditioning: another prompt, as text, or what `step.conditioning` is like; None is the
+                run's own prompt.
+            patch: what is changed in `run.model.denoiser` for this call alone: a context manager,
+                or a function that makes one, which is asked again where layers are computed again
+                for a gradient. With a context manager itself, no layer of this call is
+                checkpointed.
+        """
+        if self._state.predict is None:
+            raise PilotfishError("step.predict needs a run; this step has none")
+        return self._state.predict(self._state, self._plugin, conditioning, patch)
 
     @property
     def generator(self) -> list[torch.Generator]:
         """One CPU generator per image, this plugin's own: other plugins do not change its draws."""
-        return self._moment.generators(self._plugin)
+        return self._state.generators(self._plugin)
 
     def preview(self) -> list[Image]:
         """Small pictures of x0, without a decode."""
@@ -185,5 +254,5 @@ class Step:
     def stop(self, x0: Tensor | None = None) -> None:
         """End the run after this step; its x0, or the one given, becomes the result."""
         if x0 is not None:
-            self._moment.change_x0(x0)
-        self._moment.stopped = True
+            self._state.x0 = x0
+        self._state.stopped = True

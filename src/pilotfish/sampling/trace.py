@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ class Record:
         loss: before this step's move.
         gradient_norm: L2 norm of the loss's gradient where the guide read the picture.
         share: part of the step's move, 0 to 1; all guides' parts add up to 1.
+        outside: of a guide with a mask, what part of the step's move (of its mean square, at latent
+            size) lies where the mask is black, 0 to 1: the decoder's gradient reaches over the
+            edge. Other guides of the step count in it.
         cosine: by another guide's name, that of the angle between the two gradients, each with the
             sign of its scale: -1 where they pull against each other. Only of guides that read the
             picture in the same form (`x0`, `rgb` or `image`).
@@ -33,6 +37,7 @@ class Record:
     loss: tuple[float, ...] = ()
     gradient_norm: tuple[float, ...] = ()
     share: tuple[float, ...] = ()
+    outside: tuple[float, ...] = ()
     cosine: dict[str, tuple[float, ...]] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
@@ -41,7 +46,15 @@ class Record:
 
 
 class Trace(list[Record]):
-    """All records of a run, in order."""
+    """All records of a run, in order.
+
+    Attributes:
+        remarks: what guides did not do in the whole run; see `GuideWarning`.
+    """
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        super().__init__(records)
+        self.remarks: list[str] = []
 
     def of(self, plugin: str) -> Trace:
         """The records of one guide."""
@@ -78,9 +91,7 @@ class Trace(list[Record]):
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise PilotfishError(
-                "trace.plot() needs matplotlib: pip install 'pilotfish[plot]'"
-            ) from error
+            raise PilotfishError("trace.plot() needs matplotlib: pip install matplotlib") from error
         if not self:
             raise InputError("the trace is empty: no guide acted in this run")
         figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,37 +1,27 @@
-"""For plugin authors' tests: a small random model, a step of it, and the contract of plugins.
+"""For plugin authors' tests: a small random model, a step of it, and a model that is exact.
 
 pytest finds the fixtures `random_sampler`, `random_step` and `emoji_sampler` by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..conformance import CHECKS, PROMPT, Check, Examination, Outcome, Trial
-from ..errors import PilotfishError
-from ..guidance.gradients import Leaves, Trunk
+from ..guidance.gradients import Leaves, SharedGraph
 from ..guidance.noise import NoiseLevel
-from ..models.text import Conditioning
+from ..models.protocol import Conditioning
 from ..models.torchvision import mend_torchvision
 from ..runs.run import Run
 from ..sampling.generators import seeded
 from ..sampling.sampler import Sampler
-from ..sampling.step import Moment, Step
+from ..sampling.step import Step, StepState
 from .exact import GaussianModel
 
-if TYPE_CHECKING:
-    import pytest
-
 __all__ = [
-    "CHECKS",
     "GaussianModel",
-    "check_plugin",
-    "examine",
-    "parametrize_with_checks",
     "random_pipeline",
     "random_sampler",
     "random_step",
@@ -173,92 +163,17 @@ def random_step(
     pictures = {"image": random(3, 128, 128), "rgb": random(3, 16, 16)}
     pictures |= {n: t for n, t in (("image", image), ("rgb", rgb)) if t is not None}
     run = Run(seed=seed, num_images=batch, steps=num_steps)
-    moment = Moment(
+    state = StepState(
         run=run,
         index=index,
         num_steps=num_steps,
         timestep=torch.tensor(500),
-        level=NoiseLevel(
-            alpha=0.6, sigma=0.8, skip=1 / 0.6, out=-0.8 / 0.6, prediction_type="epsilon"
-        ),
+        level=NoiseLevel.of(alpha=0.6, sigma=0.8, prediction_type="epsilon"),
         latents=random(4, 16, 16),
-        conditioning=Conditioning(random(77, 16)),
+        conditioning=Conditioning({"values": random(77, 16)}),
         generators=lambda plugin: seeded(run, plugin),
         output=random(4, 16, 16),
-        known_x0=x0,
+        _x0=x0,
     )
-    trunk = Trunk(moment.x0(), lambda _: pictures["image"], lambda _: pictures["rgb"])
-    return Step(moment, "plugin", Leaves(trunk))
-
-
-def examine(
-    plugin: Any,
-    sampler: Sampler | None = None,
-    prompt: str = PROMPT,
-    checks: Iterable[Check] = tuple(CHECKS.values()),
-) -> list[Outcome]:
-    """Try a plugin against checks, each told apart; see `check_plugin`."""
-    examination = Examination(Trial(plugin, sampler or random_sampler(), prompt))
-    return [examination.outcome(check) for check in checks]
-
-
-def check_plugin(
-    plugin: Any,
-    sampler: Sampler | None = None,
-    prompt: str = PROMPT,
-    checks: Iterable[Check] = tuple(CHECKS.values()),
-) -> None:
-    """Check what every plugin must keep, in short runs.
-
-    Args:
-        plugin: an instance; its own settings are tried, but for when it acts.
-        sampler: the model to try it on; None is `random_sampler()`.
-        prompt: of the runs, where the plugin looks for a word in it.
-        checks: of `CHECKS`; each is tried only where those that it needs were kept.
-
-    Raises:
-        PilotfishError: what the plugin broke, one line for each check.
-    """
-    failed = [o for o in examine(plugin, sampler, prompt, checks) if o.status == "failed"]
-    if failed:
-        lines = "\n".join(f"  {outcome.check.name}: {outcome.message}" for outcome in failed)
-        raise PilotfishError(f"{plugin!r} breaks the contract of plugins:\n{lines}")
-
-
-def parametrize_with_checks(plugins: Iterable[Any]) -> pytest.MarkDecorator:
-    """One test for each plugin and check: a decorator for a test of `plugin` and `check`.
-
-        @parametrize_with_checks([Warmth(), Warmth(target=0.2)])
-        def test_it_keeps_the_contract_of_plugins(plugin, check, random_sampler):
-            check(plugin, random_sampler)
-
-    `check` takes what `check_plugin` takes. A check that has nothing to look at, or that another
-    one's failure makes meaningless, skips its test and says why.
-    """
-    import pytest
-
-    cases = []
-    for plugin in plugins:
-        shared: dict[Any, Examination] = {}
-        cases += [
-            pytest.param(plugin, _in_pytest(check, shared), id=f"{plugin!r}-{check.name}")
-            for check in CHECKS.values()
-        ]
-    return pytest.mark.parametrize(("plugin", "check"), cases)
-
-
-def _in_pytest(check: Check, shared: dict[Any, Examination]) -> Callable[..., None]:
-    """A check as a function; those of one plugin share their runs."""
-    import pytest
-
-    def try_it(plugin: Any, sampler: Sampler | None = None, prompt: str = PROMPT) -> None:
-        if (sampler, prompt) not in shared:
-            trial = Trial(plugin, sampler or random_sampler(), prompt)
-            shared[sampler, prompt] = Examination(trial)
-        outcome = shared[sampler, prompt].outcome(check)
-        if outcome.status == "not tried":
-            pytest.skip(outcome.message)
-        if outcome.status == "failed":
-            raise PilotfishError(f"{plugin!r}, {check.name}: {outcome.message}")
-
-    return try_it
+    graph = SharedGraph(state.x0, lambda _: pictures["image"], lambda _: pictures["rgb"])
+    return Step(state, "plugin", Leaves(graph))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..guidance.noise import NoiseLevel, noise_level
-from ..models.text import Conditioning
+from ..guidance.noise import NoiseLevel, draw
+from ..models import schedulers
+from ..models.protocol import Conditioning, Defaults, Embedding, Role, Site, TextEncoder
+from ..sampling.schedule import noise_level
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 class GaussianModel:
@@ -23,9 +27,17 @@ class GaussianModel:
 
     Args:
         std: of the data.
+
+    Attributes:
+        calls, decodes: how often the network and the decoder were called.
     """
 
-    id, device, dtype, factor, text_encoders = None, torch.device("cpu"), torch.float64, 1, ()
+    id, folder, device, dtype = None, None, torch.device("cpu"), torch.float64
+    text_encoders: tuple[TextEncoder, ...] = ()
+    sites: tuple[Site, ...] = ()
+    guidance = frozenset({"cfg"})
+    defaults = Defaults(steps=50, guidance_scale=7.5, height=4, width=4, scheduler="ddim")
+    denoiser = None
 
     def __init__(self, std: float = 0.7) -> None:
         self.std = std
@@ -33,32 +45,57 @@ class GaussianModel:
 
     def new_scheduler(self, spec: Any) -> Any:
         """A scheduler by short name, or a table with `name` and configuration."""
-        from ..models import schedulers  # needs diffusers
-
         options = {"name": spec} if isinstance(spec, str) else dict(spec)
-        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        kind = schedulers.available()[options.pop("name")]
-        if "clip_sample" in inspect.signature(kind).parameters:
+        kind = schedulers.named(options.pop("name"))
+        takes = inspect.signature(kind).parameters
+        if "clip_sample" in takes:
             options.setdefault("clip_sample", False)
+        betas = {name: value for name, value in BETAS.items() if name in takes}
         self.scheduler = kind(**betas, **options)
         return self.scheduler
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+    def describe_scheduler(self, spec: Any) -> Any:
+        """As it was given."""
+        return spec
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+        """The scheduler's own choice."""
+        scheduler.set_timesteps(steps)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Three channels, a pixel for a pixel."""
-        return 3, height or 4, width or 4
+        return 3, height, width
 
-    def condition(self, embeddings: list[Any]) -> Conditioning:
+    def noise(
+        self, shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
+    ) -> Tensor:
+        """Noise (B, C, H, W)."""
+        return draw(shape, generators, dtype)
+
+    def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
         """There is nothing to say to it."""
-        return Conditioning(torch.zeros(1, 1, 1, dtype=self.dtype))
+        return Conditioning({"values": torch.zeros(1, 1, 1, dtype=self.dtype)})
 
-    def predict(self, latents: Tensor, timestep: Any, conditioning: Conditioning) -> Tensor:
-        """The noise, from latents as the scheduler scales them."""
+    def predict(
+        self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any
+    ) -> Tensor:
+        """What the scheduler's prediction type asks for, from latents as the scheduler scales them.
+
+        Raises:
+            ModelError: there are inputs, to which it would not react.
+        """
+        if inputs:
+            raise ModelError(f"GaussianModel takes no {', '.join(inputs)}")
         index = int((self.scheduler.timesteps == timestep).nonzero()[0])
         level = noise_level(self.scheduler, index)
         if level.alpha == 1:  # undo scale_model_input
             latents = latents * level.norm
         self.calls += 1
-        return level.eps(latents, self.x0(latents, level))
+        return level.output(latents, self.x0(latents, level))
+
+    def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """Ho & Salimans 2022, arXiv 2207.12598, in diffusers' convention."""
+        return uncond + scale * (cond - uncond)
 
     def x0(self, latents: Tensor, level: NoiseLevel) -> Tensor:
         """E[x0 | latents]."""
@@ -75,7 +112,11 @@ class GaussianModel:
         self.decodes += 1
         return latents / 2 + 0.5
 
-    rgb = decode
+    decode_float32 = rgb = decode
+
+    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Clean latents (B, 3, H, W); nothing is drawn."""
+        return image.to(self.dtype) * 2 - 1
 
     def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
         """Its only decoder, which is linear."""
@@ -83,9 +124,15 @@ class GaussianModel:
             raise ModelError("GaussianModel has no tiny decoder; use vae or linear")
         return self.decode
 
-    def differentiable(self, checkpointing: str) -> contextlib.AbstractContextManager[None]:
-        """It has no parameters to freeze."""
-        return contextlib.nullcontext()
+    def differentiable(
+        self,
+        checkpointing: str,
+        again: Callable[[], contextlib.AbstractContextManager[Any] | None] = (
+            contextlib.nullcontext
+        ),
+    ) -> GaussianModel:
+        """Itself: it has no parameters to freeze, and nothing to patch."""
+        return self
 
     def refuse_gradients(self) -> str | None:
         """Gradients can always be taken."""

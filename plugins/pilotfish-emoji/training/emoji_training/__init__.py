@@ -1,0 +1,1 @@
+"""How the emoji model was trained and measured; runs from the repository, in no wheel."""

@@ -1,0 +1,82 @@
+"""Use strings: a plugin with its settings as one text, `blue:scale=2,every=5`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import InputError
+
+
+def parse_use(text: str) -> tuple[str, dict[str, Any]]:
+    """Split `use:setting=value,...` into the plugin's name and its settings.
+
+    Values: `'quoted'` or `"quoted"` text, `[a, b]`, `{key=value}`; everything else stays text for
+    the plugin's settings to convert. Commas and colons inside quotes and brackets do not split.
+
+    Raises:
+        InputError: a quote or bracket is not closed, or a setting has no `=`.
+    """
+    parts = split_outside(text, ":", limit=3)
+    use = parts.pop(0).strip()
+    if parts and "=" not in split_outside(parts[0], ",")[0]:
+        use += ":" + parts.pop(0).strip()
+    settings_text = ":".join(parts)
+    if not use:
+        raise InputError(f"expected NAME or NAME:setting=value,...; got {text!r}")
+    settings = {}
+    for part in split_outside(settings_text, ",") if settings_text.strip() else []:
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"expected setting=value in {text!r}; got {part!r}")
+        if key.strip() in settings:
+            raise InputError(f"setting {key.strip()!r} is given twice in {text!r}")
+        settings[key.strip()] = parse_value(value.strip())
+    return use, settings
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value as written on the command line: quoted text, list, mapping, or text."""
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.startswith("[") and text.endswith("]"):
+        inner = text[1:-1].strip()
+        return [parse_value(part.strip()) for part in split_outside(inner, ",")] if inner else []
+    if text.startswith("{") and text.endswith("}"):
+        pairs = [split_outside(part, "=", limit=2) for part in split_outside(text[1:-1], ",")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise InputError(f"expected {{key=value, ...}}; got {text!r}")
+        return {str(parse_value(k.strip())): parse_value(v.strip()) for k, v in pairs}
+    return text
+
+
+def split_values(text: str) -> list[str]:
+    """Values that commas part, as they are written; a comma in quotes or brackets parts nothing.
+
+    Raises:
+        InputError: a quote or bracket is not closed.
+    """
+    return [part.strip() for part in split_outside(text, ",")]
+
+
+def split_outside(text: str, separator: str, limit: int = 0) -> list[str]:
+    """Split at a separator that is not inside quotes or brackets; at most `limit` parts.
+
+    A quote opens only where a value begins, so that an apostrophe inside a word is text.
+    """
+    parts: list[str] = []
+    depth, quote, start = 0, "", 0
+    for position, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and text[:position].rstrip()[-1:] in ("", "=", ",", "[", "{", ":"):
+            quote = char
+        elif char in "[{":
+            depth += 1
+        elif char in "]}":
+            depth -= 1
+        elif char == separator and depth == 0 and (not limit or len(parts) < limit - 1):
+            parts.append(text[start:position])
+            start = position + 1
+    if quote or depth:
+        raise InputError(f"a quote or bracket is not closed in {text!r}")
+    return [*parts, text[start:]]

@@ -1,0 +1,182 @@
+"""CLIP's text encoders as transformers has them: prompt -> tokens -> token embeddings -> output.
+
+The shared tokenizer is never changed: words that plugins add live in a copy of it. The encoder's
+token embeddings are changed by a hook for the time of one call, on this run's own copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from .protocol import Embedding, Role, Tokens
+
+# Tokenizers keep truncation and padding in themselves: two threads would change each other's.
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """A CLIP text encoder with its tokenizer.
+
+    Attributes:
+        name: see `TextEncoder`.
+        tokenizer, network: of transformers; the network is a run's own copy where one runs.
+        prepare: rewrites a prompt before tokenising (words of several vectors that a pipeline has
+            loaded).
+        words: what plugins added: text as the tokenizer gets it, by word.
+        vectors: the vector (D,) and name of each token that they added, by id.
+    """
+
+    name: str
+    tokenizer: Any
+    network: Any
+    prepare: Callable[[str], str] = str
+    words: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[int, tuple[Tensor, str]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """D, of its token embeddings."""
+        return int(self.network.get_input_embeddings().weight.shape[1])
+
+    @property
+    def length(self) -> int:
+        """T, its tokens, start and end among them."""
+        return int(self.tokenizer.model_max_length)
+
+    def with_words(self, words: Mapping[str, Tensor]) -> ClipText:
+        """The same encoder, which also knows these words of vectors (n, D).
+
+        Each vector gets a token of a name that no text contains, so that no word can be taken for a
+        piece of another one.
+
+        Raises:
+            InputError: it knows one of them already.
+        """
+        if not words:
+            return self
+        with _one_at_a_time:
+            tokenizer = copy.deepcopy(self.tokenizer)
+        known, spelled, vectors = set(tokenizer.get_vocab()), {}, {}
+        for number, (word, values) in enumerate(words.items()):
+            if word in known:
+                raise InputError(
+                    f"the word {word!r} cannot be added: {self.name} already knows it. "
+                    "Choose another token."
+                )
+            pieces = [f"<|pilotfish-{number}-{i}|>" for i in range(len(values))]
+            tokenizer.add_tokens(pieces)
+            spelled[word] = " ".join(pieces)
+            for i, (piece, vector) in enumerate(zip(pieces, values, strict=True)):
+                shown = word if i == 0 else f"{word}_{i}"  # as diffusers names them
+                vectors[tokenizer.convert_tokens_to_ids(piece)] = (vector, shown)
+        return replace(self, tokenizer=tokenizer, words=spelled, vectors=vectors)
+
+    def tokenize(self, text: str) -> Tokens:
+        """A prompt's tokens, padded and cut to `length`.
+
+        Added words stand in the ids as the lowest id: encoders of Stable Diffusion 1.x find their
+        pooled position at the *highest* id, which must remain the end token.
+
+        Warns:
+            UserWarning: the prompt is longer than the encoder takes; names the words that are
+                dropped.
+        """
+        text = self._spell(text)
+        with _one_at_a_time:
+            text = self.prepare(text)
+            found = self.tokenizer(
+                text,
+                padding="max_length",
+                max_length=self.length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
+        if len(whole) > self.length:
+            dropped = self.tokenizer.decode(whole[self.length - 1 : -1])
+            warnings.warn(
+                f"the prompt is {len(whole) - 2} tokens long; {self.name} takes "
+                f"{self.length - 2}. Dropped: {dropped!r}",
+                UserWarning,
+                stacklevel=2,
+            )
+        ids, used = found.input_ids, int(found.attention_mask.sum())
+        numbers = ids[0].tolist()
+        plain = zip(numbers, self.tokenizer.convert_ids_to_tokens(numbers), strict=True)
+        pieces = [self.vectors[n][1] if n in self.vectors else piece for n, piece in plain]
+        added = {at: self.vectors[n][0] for at, n in enumerate(numbers) if n in self.vectors}
+        for position in added:
+            ids[0, position] = 0
+        return Tokens(ids, tuple(pieces), used, added)
+
+    def _spell(self, text: str) -> str:
+        """Write out added words as their pieces: the longest word that stands at a place counts.
+
+        Also beside the tokenizer's own added words, which stay whole. Case counts only where the
+        tokenizer keeps it, or two words differ by it.
+        """
+        if not self.words:
+            return text
+        own = [w for w in self.tokenizer.get_added_vocab() if w not in self.words]
+        lower = {word.lower(): pieces for word, pieces in self.words.items()}
+        same = self.tokenizer.tokenize("A") == self.tokenizer.tokenize("a")
+        choices = sorted([*self.words, *own], key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, choices)), re.IGNORECASE if same else 0)
+
+        def spelled(match: re.Match[str]) -> str:
+            found = match[0]
+            if found in own:
+                return found
+            return self.words.get(found) or lower.get(found.lower(), found)
+
+        return pattern.sub(spelled, text)
+
+    def encode(
+        self, tokens: Tokens, role: Role, on_token: Callable[[Embedding], Embedding]
+    ) -> Embedding:
+        """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
+
+        def at_token_stage(values: Tensor) -> Tensor:
+            if tokens.added:
+                values = values.clone()
+            for position, vector in tokens.added.items():
+                values[:, position] = vector.to(values)
+            return on_token(Embedding("token", role, values, None, tokens.pieces, self.name)).values
+
+        with _hooked(self.network.get_input_embeddings(), at_token_stage):
+            output = self.network(tokens.ids.to(self.network.device), attention_mask=None)
+        pooled = output[1] if len(output) > 1 else None
+        return Embedding("prompt", role, output[0], pooled, tokens.pieces, self.name)
+
+
+@contextlib.contextmanager
+def _hooked(module: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Change what a module returns while the context lasts; not what it returns within `change`."""
+    busy = False
+
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor | None:
+        nonlocal busy
+        if busy:
+            return None
+        busy = True
+        try:
+            return change(output)
+        finally:
+            busy = False
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,52 @@
+"""Copies of networks over the same weights: what one run patches, no other one sees."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import nn
+
+KEPT_APART = ("_buffers", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
+
+
+def own_copy(network: Any) -> Any:
+    """A network's modules once more, over the same weights, which ask for no gradient there.
+
+    A network whose weights hooks move between devices stays as it is: a copy would keep them.
+    """
+    if offload_hook(network):
+        return network
+    modules = list(network.modules())
+    copies = {id(module): module.__new__(type(module)) for module in modules}
+    for module in modules:
+        twin = copies[id(module)]
+        own = {name: _rebound(value, module, twin) for name, value in vars(module).items()}
+        own["_modules"] = {n: m and copies[id(m)] for n, m in module._modules.items()}
+        own["_parameters"] = {n: _frozen(p) for n, p in module._parameters.items()}
+        own |= {name: type(own[name])(own[name]) for name in KEPT_APART if name in own}
+        vars(twin).update(own)
+    return copies[id(network)]
+
+
+def _frozen(parameter: Any) -> Any:
+    if type(parameter) is nn.Parameter and parameter.requires_grad:
+        return nn.Parameter(parameter.detach(), requires_grad=False)
+    return parameter  # frozen already, or of a kind that has more to it: quantised
+
+
+def _rebound(value: Any, module: Any, twin: Any) -> Any:
+    """What holds on to a module (accelerate's `forward`) holds on to the copy instead."""
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        return types.MethodType(value.__func__, twin)
+    if isinstance(value, functools.partial) and module in value.args:
+        args = [twin if argument is module else argument for argument in value.args]
+        return functools.partial(value.func, *args, **value.keywords)
+    return value
+
+
+def offload_hook(network: Any) -> bool:
+    """Whether accelerate moves a network's weights from device to device while it runs."""
+    hooks = (getattr(module, "_hf_hook", None) for module in network.modules())
+    return any(getattr(h, "offload", False) or type(h).__name__ == "CpuOffload" for h in hooks)

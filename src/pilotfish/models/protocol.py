@@ -1,0 +1,293 @@
+"""What the engine needs of a model: `LatentDiffusion`, which one file of each family answers.
+
+The engine sees unpacked, normalised latents (B, C, H, W) and conditioning as named tensors.
+Packing, signs, maps of time, learned variances, norms after guidance and the VAE's normaliser stay
+in the family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+Role = Literal["positive", "negative"]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A prompt's embedding at one of two stages; change it with `dataclasses.replace`.
+
+    Attributes:
+        stage: "token" (looked up, before positions and encoder) or "prompt" (encoder's output).
+        role: "positive" or "negative" prompt.
+        values: (B, T, D), with B = 1: all images of a run share the prompt.
+        pooled: (B, D), at stage "prompt" where the encoder gives one, else None.
+        tokens: the T tokens as the tokenizer writes them, among them its start, end and padding.
+        encoder: the text encoder's name in the model, "text_encoder" for Stable Diffusion.
+    """
+
+    stage: Literal["token", "prompt"]
+    role: Role
+    values: Tensor
+    pooled: Tensor | None
+    tokens: tuple[str, ...]
+    encoder: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as a text encoder takes it.
+
+    Attributes:
+        ids: (1, T).
+        pieces: the T tokens as the tokenizer writes them.
+        used: how many there are before the padding.
+        added: vectors (D,) of words that plugins added, by position.
+    """
+
+    ids: Tensor
+    pieces: tuple[str, ...]
+    used: int
+    added: Mapping[int, Tensor]
+
+
+class TextEncoder(Protocol):
+    """One text encoder of a model with its tokenizer.
+
+    Attributes:
+        name: "text_encoder", "text_encoder_2", ...
+        width: D, of its token embeddings.
+        length: T, its tokens, among them those that it adds itself.
+    """
+
+    name: str
+    tokenizer: Any
+    network: Any
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def with_words(self, words: Mapping[str, Tensor]) -> TextEncoder:
+        """The same encoder, which also knows these words of vectors (n, D).
+
+        Raises:
+            InputError: it knows one of them already.
+        """
+
+    def tokenize(self, text: str) -> Tokens:
+        """A text's tokens, cut to `length`.
+
+        Warns:
+            UserWarning: words were dropped; names them.
+        """
+
+    def encode(
+        self, tokens: Tokens, role: Role, on_token: Callable[[Embedding], Embedding]
+    ) -> Embedding:
+        """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told of a prompt: named tensors, batch first.
+
+    Attributes:
+        tensors: `values` (B, T, D), and what else the family's network takes: `mask` (B, T),
+            `pooled` (B, D) ...
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def expand(self, num_images: int) -> Conditioning:
+        """The same prompt for each image."""
+        return Conditioning(
+            {
+                name: t.expand(num_images, *t.shape[1:]) if len(t) == 1 else t
+                for name, t in self.tensors.items()
+            }
+        )
+
+    def cat(self, other: Conditioning) -> Conditioning:
+        """Both along the batch, this one first; where T differs, padded and with a mask."""
+        length = max(self["values"].shape[1], other["values"].shape[1])
+        ours, theirs = self._padded(length), other._padded(length)
+        if "mask" not in self.tensors and torch.cat([ours["mask"], theirs["mask"]]).all():
+            del ours["mask"], theirs["mask"]
+        return Conditioning({name: torch.cat([t, theirs[name]]) for name, t in ours.items()})
+
+    def _padded(self, length: int) -> dict[str, Tensor]:
+        values = self["values"]
+        mask = self.tensors.get("mask", torch.ones_like(values[..., 0], dtype=torch.bool))
+        more = length - values.shape[1]
+        pad = torch.nn.functional.pad
+        return {
+            **self.tensors,
+            "values": pad(values, (0, 0, 0, more)) if more else values,
+            "mask": pad(mask, (0, more)) if more else mask,
+        }
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the network where plugins change attention.
+
+    Attributes:
+        name: the module's path in the denoiser.
+        module: of diffusers.
+        kind: "self" among image tokens, "cross" from image to text, or "joint" of both.
+        image: which of its tokens are the image's.
+    """
+
+    name: str
+    module: Any
+    kind: Literal["self", "cross", "joint"]
+    image: slice
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A run's values where the user leaves them open: the family's pipeline's own, or the folder's.
+
+    Attributes:
+        height, width: in pixels.
+        scheduler: see `Run.scheduler`; None is the model's own.
+    """
+
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    scheduler: Any = None
+
+    @classmethod
+    def of(cls, pipeline: Any, folder: Path | None, height: int, width: int) -> Defaults:
+        """The pipeline's own, where `pilotfish.toml` in the model's folder says nothing else.
+
+        Raises:
+            ModelError: that file is not TOML, or has another key.
+        """
+        takes = inspect.signature(type(pipeline).__call__).parameters
+        steps, scale = (takes[n].default for n in ("num_inference_steps", "guidance_scale"))
+        values = {"steps": steps, "guidance_scale": scale, "height": height, "width": width}
+        file = folder / "pilotfish.toml" if folder else None
+        if file is None or not file.is_file():
+            return cls(**values)
+        try:
+            return cls(**{**values, **tomllib.loads(file.read_text(encoding="utf-8"))})
+        except (ValueError, TypeError) as error:
+            keys = ", ".join(cls.__dataclass_fields__)
+            raise ModelError(f"cannot read {file}, a TOML file with {keys}: {error}") from error
+
+
+class LatentDiffusion(Protocol):
+    """A latent diffusion model.
+
+    Attributes:
+        id: the folder or hub id that it came from.
+        folder: where it lies on this disk, if it does.
+        guidance: "cfg": by two predictions; "embedded": told to the network.
+        denoiser: the module that patches hold on to.
+        sites: the denoiser's attention, in order.
+    """
+
+    id: str | None
+    folder: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    text_encoders: Sequence[TextEncoder]
+    defaults: Defaults
+    guidance: frozenset[str]
+
+    @property
+    def denoiser(self) -> Any: ...
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+
+    def new_scheduler(self, spec: Any) -> Any:
+        """A fresh scheduler (see `Run.scheduler`)."""
+
+    def describe_scheduler(self, spec: Any) -> str | dict[str, Any]:
+        """A scheduler as a run file holds it: its name, and what differs from the model's."""
+
+    def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
+        """Let a scheduler choose its steps for latents (C, H, W): sigmas, mu, shift."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) for a size in pixels."""
+
+    def noise(
+        self, shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
+    ) -> Tensor:
+        """Noise (B, C, H, W) on the CPU, drawn as the family's pipeline draws it."""
+
+    def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
+        """One prompt's embeddings, one of each text encoder, as the network takes them."""
+
+    def predict(
+        self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any
+    ) -> Tensor:
+        """The network's output for scaled latents (B, C, H, W).
+
+        Args:
+            inputs: further keyword arguments of the network.
+        """
+
+    def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance as the family's pipeline does it."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clean latents -> image (B, 3, 8H, 8W), at least float32, in [0, 1] but not clamped."""
+
+    def decode_float32(self, latents: Tensor) -> Tensor:
+        """As `decode`, with the decoder itself in float32."""
+
+    def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
+        """`decode`, or what stands in for it where guides look; see `Run.decoder`."""
+
+    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents.
+
+        Args:
+            generator: draws from what the encoder deems likely, where it does so; of one picture as
+                many latents as there are generators. None takes the mean.
+        """
+
+    def rgb(self, latents: Tensor) -> Tensor:
+        """Clean latents -> linear estimate of the colours at latent size (B, 3, H, W)."""
+
+    def differentiable(
+        self,
+        checkpointing: str,
+        again: Callable[[], contextlib.AbstractContextManager[Any] | None] = (
+            contextlib.nullcontext
+        ),
+    ) -> LatentDiffusion:
+        """The same model as one run uses it: on copies of the modules over the same weights.
+
+        They are frozen, and checkpointed if asked; what is patched in them nobody else sees.
+
+        Args:
+            checkpointing: see `Run.checkpointing`.
+            again: asked where a checkpointed layer runs: what to put around it when it is computed
+                again, or None where that cannot be, and it must keep what it needs.
+        """
+
+    def refuse_gradients(self) -> str | None:
+        """Why no gradient can go through the networks now, and nothing be patched; or None."""

@@ -1,0 +1,52 @@
+"""One value of a run changed by its name."""
+
+import copy
+
+import pytest
+
+from pilotfish import Guide, InputError, Setting, changed, split_values
+
+
+class Warmth(Guide):
+    class Settings(Guide.Settings):
+        target: float = Setting(0.5)
+
+    def loss_guidance(self, step):
+        return step.rgb.mean(dim=(1, 2, 3)) - self.settings.target
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("steps=20", {"steps": 20}),
+        (" seed = 3 ", {"seed": 3}),
+        ("prompt=20", {"prompt": "20"}),
+        ("rho=0.5", {"preset": {"base": "tfg", "rho": 0.5}}),
+        ("plugins.blue.scale=2", {"plugins": [{"use": "blue", "scale": "2"}]}),
+    ],
+)
+def test_one_value_is_changed_and_the_content_that_came_stays_as_it_is(change, expected):
+    content = {"prompt": "a cat", "preset": "tfg", "plugins": ["blue:scale=1"]}
+    before = copy.deepcopy(content)
+    answer = changed(content, change)
+    assert content == before
+    kept = {"plugins": [{"use": "blue", "scale": "1"}]} if "plugins" in expected else {}
+    assert answer == {**content, **kept, **expected}
+
+
+def test_an_instance_gives_way_to_another_one_with_the_rest_of_its_settings():
+    own = Warmth(target=0.25, every=2)
+    (other,) = changed({"plugins": (own,)}, "plugins.Warmth.scale=3")["plugins"]
+    assert (other.settings.target, other.settings.every, other.settings.scale) == (0.25, 2, 3)
+    assert own.settings.scale != 3
+
+
+def test_a_plugin_that_is_not_there_is_told():
+    with pytest.raises(InputError, match="no plugin in this run called 'blue'"):
+        changed({}, "plugins.blue.scale=2")
+
+
+def test_values_are_parted_by_commas_outside_quotes_and_brackets():
+    assert split_values('1, "a, b",[2, 3],{a=1,b=2}') == ["1", '"a, b"', "[2, 3]", "{a=1,b=2}"]
+    with pytest.raises(InputError, match="not closed"):
+        split_values("[1, 2")
