@@ -9,7 +9,7 @@ import shutil
 import textwrap
 import types
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic.fields import FieldInfo
@@ -139,6 +139,8 @@ def type_text(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(a) for a in args)
+    if origin is Annotated:
+        return type_text(args[0])
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(a) for a in args if a is not type(None))
     if origin is not None and args:

@@ -25,6 +25,7 @@ from ..guidance.presets import find_preset
 from ..guidance.regions import Region
 from ..hooks.plugin import Guide
 from ..hooks.stack import Call, Stack
+from ..runs.pictures import read_region
 from ..runs.run import Run
 from .generators import Generators
 from .schedule import Schedule
@@ -56,7 +57,9 @@ class Guides:
         for call in self._calls:
             if isinstance(call.plugin, Guide) and call.plugin.settings.mask is not None:
                 settings, owner = call.plugin.settings, stack.label(call.name)
-                self.regions[call.name] = Region(owner, settings.mask, settings.soft_edge)
+                self.regions[call.name] = read_region(
+                    owner, settings.mask, settings.soft_edge, settings.mask_edge
+                )
         if self._calls:
             self._refuse_what_cannot_work()
         self._strengths = schedule.strengths(self.preset.schedule)
