@@ -31,7 +31,7 @@ pilotfish applies, not the plugin:
 """
 
 ELSE = """\
-## A model and a command
+## A model and commands
 
 Packages may also bring models, for `--model` and `pilotfish.load`, and commands of their own:
 """
@@ -66,7 +66,7 @@ def offers(project: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for each model and each command of a package."""
     for group, what in ((MODEL_GROUP, "model"), (COMMAND_GROUP, "command")):
         for name in entry_points(project, group):
-            yield f"`{name}`", what, link(project)
+            yield f"`{name.replace('.', ' ')}`", what, link(project)
 
 
 def entry_points(project: dict[str, Any], group: str) -> Iterable[str]:

@@ -7,16 +7,18 @@ import shlex
 import sys
 from pathlib import Path
 
+import pilotfish_kit
 import pytest
 import yaml
 from click.testing import CliRunner
+from pilotfish_kit import CHECKS
 
 import pilotfish
 from pilotfish import Run, testing, view
 from pilotfish.cli import main
 from pilotfish.cli.program import OWN
 from pilotfish.hooks import specs as hookspecs
-from pilotfish.testing import CHECKS, random_sampler
+from pilotfish.testing import random_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {page.stem: page.read_text() for page in sorted(DOCS.glob("*.md"))}
@@ -144,7 +146,9 @@ def test_the_command_line_page_has_every_command_with_each_of_its_options():
     check(main, "pilotfish")
 
 
-@pytest.mark.parametrize("module", [pilotfish, view, testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [pilotfish, view, testing, pilotfish_kit], ids=lambda module: module.__name__
+)
 def test_the_python_page_has_every_public_name(module):
     told = set(re.findall(r"^::: pilotfish\S*\.(\w+)$", PAGES["python"], flags=re.M))
     for title in re.findall(r"^#{2,3} (.*?) \{", PAGES["python"], flags=re.M):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 import click
 
-from ..errors import PilotfishError, unknown
-from ..hooks.registry import COMMAND_GROUP, Installed, installed, load_command
+from ..errors import InputError, PilotfishError, unknown
+from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, installed, limit, load_command
 from .listing import remark
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Each is the command of its name in the module of its name.
 OWN = ("doctor", "generate", "grid", "plugins", "replay", "view")
+# Commands that are pilotfish's own, but stand in packages of their own.
+MISSING = {"plugins.check": "pilotfish-kit", "plugins.new": "pilotfish-kit"}
 
 
 class Failure(click.ClickException):
@@ -42,11 +46,35 @@ class Commands(click.Group):
                 raise
             raise Failure(message) from None
 
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of commands that packages add to this group."""
+        return f"{self.name}."
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Own names and installed ones."""
+        return sorted({*super().list_commands(ctx), *self.added()})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A command; an installed one is not imported here."""
+        claims = self.added().get(name)
+        return super().get_command(ctx, name) or (Added(claims) if claims else None)
+
+    def added(self) -> dict[str, list[Installed]]:
+        """What installed packages add to this group, by name."""
+        found = {
+            n.removeprefix(self.prefix): c
+            for n, c in installed(COMMAND_GROUP).items()
+            if n.startswith(self.prefix)
+        }
+        return {name: claims for name, claims in found.items() if "." not in name}
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, but an unknown command lists all of them."""
+        """As click's, but an unknown command lists all of them, or the package that has it."""
         if self.get_command(ctx, args[0]) is None:
+            _refuse_missing(f"{self.prefix}{args[0]}")
             raise click.UsageError(str(unknown("command", args[0], self.list_commands(ctx))), ctx)
         return super().resolve_command(ctx, args)
 
@@ -54,21 +82,23 @@ class Commands(click.Group):
 class Program(Commands):
     """The program: its own commands, then those that installed packages add.
 
-    A package adds a click command by the entry-point group `pilotfish.commands`. The program's own
-    come first, so that no package can take their place.
+    A package adds click commands by the entry-point group `pilotfish.commands`: `concept` to the
+    program, `plugins.new` to the group `plugins`. The program's own come first, so that no package
+    can take their place.
     """
+
+    prefix = ""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Own names, then the installed ones."""
-        return [*OWN, *(name for name in installed(COMMAND_GROUP) if name not in OWN)]
+        return [*OWN, *(name for name in self.added() if name not in OWN)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """A command; an installed one is not imported here."""
         if name in OWN:
             command: click.Command = getattr(import_module(f".{name}", __package__), name)
             return command
-        claims = installed(COMMAND_GROUP).get(name)
-        return Added(claims) if claims else None
+        return super().get_command(ctx, name)
 
 
 class Added(click.Command):
@@ -82,7 +112,22 @@ class Added(click.Command):
     ) -> click.Context:
         """The context of the package's own command, which so takes this one's place."""
         command: click.Command = load_command(str(self.name))
+        if not any(option.name == "debug" for option in command.params):
+            debug_option(command)
         return command.make_context(info_name, args, parent, **extra)
+
+
+def _refuse_missing(path: str) -> None:
+    """Raise where a package of pilotfish's own has the command: it is missing, or hidden."""
+    name = path.replace(".", " ")
+    if limit() is not None and entry_points(group=COMMAND_GROUP, name=path):
+        raise InputError(
+            f"the command {name!r} is installed, but {LIMIT}={os.environ[LIMIT]} hides it; "
+            f"name {path} there too, or unset the variable"
+        )
+    if path in MISSING:
+        package = MISSING[path]
+        raise InputError(f"the command {name!r} comes with {package}: pip install {package}")
 
 
 def _own_mistake(error: Exception) -> str | None:

@@ -1,18 +1,15 @@
-"""For plugin authors' tests: a small random model, a step of it, and the contract of plugins.
+"""For plugin authors' tests: a small random model, and a step of it.
 
 pytest finds the fixtures `random_sampler`, `random_step` and `emoji_sampler` by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..conformance import CHECKS, PROMPT, Check, Examination, Outcome, Trial
-from ..errors import PilotfishError
 from ..guidance.gradients import Leaves, Trunk
 from ..guidance.noise import NoiseLevel
 from ..models.text import Conditioning
@@ -23,15 +20,8 @@ from ..sampling.sampler import Sampler
 from ..sampling.step import Moment, Step
 from .exact import GaussianModel
 
-if TYPE_CHECKING:
-    import pytest
-
 __all__ = [
-    "CHECKS",
     "GaussianModel",
-    "check_plugin",
-    "examine",
-    "parametrize_with_checks",
     "random_pipeline",
     "random_sampler",
     "random_step",
@@ -66,7 +56,7 @@ def random_pipeline(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _random_networks()
+        parts = _random_networks(dtype)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -84,10 +74,10 @@ def random_pipeline(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
+    return pipeline
 
 
-def _random_networks() -> dict[str, Any]:
+def _random_networks(dtype: torch.dtype) -> dict[str, Any]:
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -120,7 +110,9 @@ def _random_networks() -> dict[str, Any]:
         sample_size=32,
     )
     networks = {"text_encoder": CLIPTextModel(text), "unet": unet, "vae": vae}
-    return {"tokenizer": tokenizer, **{name: n.eval() for name, n in networks.items()}}
+    # The pipeline's own `to` warns of layers to keep in float32, where there are none.
+    cast = {name: nn.Module.to(n.eval(), dtype) for name, n in networks.items()}
+    return {"tokenizer": tokenizer, **cast}
 
 
 def _tokenizer() -> Any:
@@ -189,76 +181,3 @@ def random_step(
     )
     trunk = Trunk(moment.x0(), lambda _: pictures["image"], lambda _: pictures["rgb"])
     return Step(moment, "plugin", Leaves(trunk))
-
-
-def examine(
-    plugin: Any,
-    sampler: Sampler | None = None,
-    prompt: str = PROMPT,
-    checks: Iterable[Check] = tuple(CHECKS.values()),
-) -> list[Outcome]:
-    """Try a plugin against checks, each told apart; see `check_plugin`."""
-    examination = Examination(Trial(plugin, sampler or random_sampler(), prompt))
-    return [examination.outcome(check) for check in checks]
-
-
-def check_plugin(
-    plugin: Any,
-    sampler: Sampler | None = None,
-    prompt: str = PROMPT,
-    checks: Iterable[Check] = tuple(CHECKS.values()),
-) -> None:
-    """Check what every plugin must keep, in short runs.
-
-    Args:
-        plugin: an instance; its own settings are tried, but for when it acts.
-        sampler: the model to try it on; None is `random_sampler()`.
-        prompt: of the runs, where the plugin looks for a word in it.
-        checks: of `CHECKS`; each is tried only where those that it needs were kept.
-
-    Raises:
-        PilotfishError: what the plugin broke, one line for each check.
-    """
-    failed = [o for o in examine(plugin, sampler, prompt, checks) if o.status == "failed"]
-    if failed:
-        lines = "\n".join(f"  {outcome.check.name}: {outcome.message}" for outcome in failed)
-        raise PilotfishError(f"{plugin!r} breaks the contract of plugins:\n{lines}")
-
-
-def parametrize_with_checks(plugins: Iterable[Any]) -> pytest.MarkDecorator:
-    """One test for each plugin and check: a decorator for a test of `plugin` and `check`.
-
-        @parametrize_with_checks([Warmth(), Warmth(target=0.2)])
-        def test_it_keeps_the_contract_of_plugins(plugin, check, random_sampler):
-            check(plugin, random_sampler)
-
-    `check` takes what `check_plugin` takes. A check that has nothing to look at, or that another
-    one's failure makes meaningless, skips its test and says why.
-    """
-    import pytest
-
-    cases = []
-    for plugin in plugins:
-        shared: dict[Any, Examination] = {}
-        cases += [
-            pytest.param(plugin, _in_pytest(check, shared), id=f"{plugin!r}-{check.name}")
-            for check in CHECKS.values()
-        ]
-    return pytest.mark.parametrize(("plugin", "check"), cases)
-
-
-def _in_pytest(check: Check, shared: dict[Any, Examination]) -> Callable[..., None]:
-    """A check as a function; those of one plugin share their runs."""
-    import pytest
-
-    def try_it(plugin: Any, sampler: Sampler | None = None, prompt: str = PROMPT) -> None:
-        if (sampler, prompt) not in shared:
-            trial = Trial(plugin, sampler or random_sampler(), prompt)
-            shared[sampler, prompt] = Examination(trial)
-        outcome = shared[sampler, prompt].outcome(check)
-        if outcome.status == "not tried":
-            pytest.skip(outcome.message)
-        if outcome.status == "failed":
-            raise PilotfishError(f"{plugin!r}, {check.name}: {outcome.message}")
-
-    return try_it
