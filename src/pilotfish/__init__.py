@@ -81,6 +81,7 @@ __all__ = [
     "hookimpl",
     "is_finite",
     "load",
+    "make_plugin",
     "mend_torchvision",
     "pixels",
     "read_picture",
@@ -139,6 +140,17 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
     from .sampling.sampler import Sampler
 
     return Sampler(loading.load(model, device=device, dtype=dtype, **options))
+
+
+def make_plugin(item: Any) -> Any:
+    """The plugin that an item of a run's `plugins` names: `"blue:scale=2"`, or a table.
+
+    Raises:
+        InputError, SettingsError, PluginError: nothing is named so, or it cannot be made.
+    """
+    from .hooks.registry import resolve
+
+    return resolve(item).plugin
 
 
 def __getattr__(name: str) -> Any:

@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from pilotfish_clip import Clip, networks, spherical_distance
 from pilotfish_clip.networks import Networks, load
+from pilotfish_kit import check_plugin
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pilotfish import ModelError, SettingsError
-from pilotfish.testing import check_plugin, random_sampler
+from pilotfish.testing import random_sampler
 
 # cuBLAS reads it when it starts, and is not deterministic without.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

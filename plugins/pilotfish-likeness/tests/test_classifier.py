@@ -15,6 +15,7 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
+from pilotfish_kit import check_plugin
 from pilotfish_likeness import Classifier, networks
 from pilotfish_likeness.classifier import SMALLEST
 from pilotfish_likeness.networks import Network, class_of, load
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from pilotfish import ModelError, PluginError, SettingsError, cutouts
-from pilotfish.testing import check_plugin, random_sampler
+from pilotfish.testing import random_sampler
 
 CPU = torch.device("cpu")
 NAMES = ("fox", "cat", "tench, Tinca tinca", "crane", "crane", "7", "traffic light")

@@ -10,12 +10,13 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
+from pilotfish_kit import check_plugin
 from pilotfish_likeness import Reference
 from pilotfish_likeness.reference import Target, lowpass
 from torch import Tensor
 
 from pilotfish import SettingsError, pixels, read_picture
-from pilotfish.testing import check_plugin, random_sampler
+from pilotfish.testing import random_sampler
 
 
 @pytest.fixture(scope="module")

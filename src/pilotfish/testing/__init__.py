@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..guidance.gradients import Leaves, SharedGraph
 from ..guidance.noise import NoiseLevel
@@ -56,7 +56,7 @@ def random_pipeline(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _random_networks()
+        parts = _random_networks(dtype)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -74,10 +74,10 @@ def random_pipeline(
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
+    return pipeline
 
 
-def _random_networks() -> dict[str, Any]:
+def _random_networks(dtype: torch.dtype) -> dict[str, Any]:
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -110,7 +110,9 @@ def _random_networks() -> dict[str, Any]:
         sample_size=32,
     )
     networks = {"text_encoder": CLIPTextModel(text), "unet": unet, "vae": vae}
-    return {"tokenizer": tokenizer, **{name: n.eval() for name, n in networks.items()}}
+    # The pipeline's own `to` warns of layers to keep in float32, where there are none.
+    cast = {name: nn.Module.to(n.eval(), dtype) for name, n in networks.items()}
+    return {"tokenizer": tokenizer, **cast}
 
 
 def _tokenizer() -> Any:
