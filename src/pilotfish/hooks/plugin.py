@@ -18,7 +18,6 @@ from .specs import KINDS, hookimpl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..sampling.step import Step
 
 __all__ = ["Guide", "Plugin", "Setting", "guide"]
 
@@ -150,7 +149,7 @@ class Guide(Plugin):
 
 
 def guide(
-    function: Callable[[Step], Tensor | None], *, name: str | None = None, **settings: Any
+    function: Callable[[Any], Tensor | None], *, name: str | None = None, **settings: Any
 ) -> Guide:
     """A guide from a plain function of the step: `guide(lambda step: step.rgb.var((1, 2, 3)))`.
 
@@ -172,7 +171,7 @@ def guide(
     class Function(Guide):
         __doc__ = inspect.getdoc(function)
 
-        def loss_guidance(self, step: Step) -> Tensor | None:
+        def loss_guidance(self, step: Any) -> Tensor | None:
             return function(step)
 
     Function.__name__ = own if name is None else check_name(name)

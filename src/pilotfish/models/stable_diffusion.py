@@ -273,8 +273,8 @@ def _problem(pipeline: Any) -> str | None:
     takes, width = unet.encoder_hid_dim or unet.cross_attention_dim, _width(pipeline.text_encoder)
     if isinstance(takes, int) and takes != width:
         return (
-            f"this UNet takes text embeddings of width {takes}, and the text encoder gives {width}: "
-            "they are of two models"
+            f"this UNet takes text embeddings of width {takes}, and the text encoder gives width "
+            f"{width}: they are of two models"
         )
     ours, text = pipeline.unet.dtype, pipeline.text_encoder.dtype
     if ours != text:
