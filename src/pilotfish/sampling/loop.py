@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import GuideWarning, NonFiniteError, PilotfishError, PluginError
+from ..errors import GuideWarning, NonFiniteError, PilotfishError
 from ..hooks.stack import Stack, tensor_problem
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
@@ -152,10 +152,8 @@ class Sampling:
                 state.latents = state.latents.detach().requires_grad_()
             cond, uncond = self._network(state, both)
             state.output = self._combine(state, cond, uncond)
-            if self.stack.calls["on_predicted_x0"]:
-                self._on_predicted_x0(state)
-            if guides:
-                _ = state.x0  # with its graph
+            if guides or self.stack.calls["on_predicted_x0"]:
+                state.x0 = self._chain("on_predicted_x0", state, "x0", state.x0)  # with its graph
         return cond.detach(), None if uncond is None else uncond.detach()
 
     def guide(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> None:
@@ -167,11 +165,8 @@ class Sampling:
 
     def advance(self, state: StepState) -> Tensor:
         """The next latents: a plugin's, or the scheduler's."""
-        latents: Tensor | None = self.stack.first(
-            "advance",
-            self._for_step(state),
-            lambda new: tensor_problem(new, state.latents),
-            state.where,
+        latents: Tensor | None = self._first(
+            "advance", state, lambda new: tensor_problem(new, state.latents)
         )
         if latents is not None:
             self.schedule.skip(state.index)
@@ -226,69 +221,35 @@ class Sampling:
 
     def _network(self, state: StepState, both: Conditioning) -> tuple[Tensor, Tensor | None]:
         """One call of the network: the prediction for the prompt, and for the negative prompt."""
-        guided = self.run.guided_by_prompt
-        latents = torch.cat([state.latents] * 2) if guided else state.latents
+        latents = torch.cat([state.latents] * (1 + self.run.guided_by_prompt))
         latents = self.schedule.scaled(latents, state.timestep)
-        output = self.network(state, latents, both)  # (B or 2B, C, H, W)
-        if not guided:
-            return output, None
-        uncond, cond = output.chunk(2)
-        return cond, uncond
+        *uncond, cond = self.network(state, latents, both).split(len(state.latents))
+        return cond, uncond[0] if uncond else None
 
     def _further_prediction(
         self, state: StepState, plugin: str, conditioning: Any, patch: Any
     ) -> Tensor:
         """See `Step.predict`."""
-        if conditioning is None:
-            conditioning = state.conditioning
-        elif isinstance(conditioning, str):
+        if isinstance(conditioning, str):
             conditioning = self.prompts.of_text(conditioning)
-        elif isinstance(conditioning, Conditioning):
-            conditioning = conditioning.expand(self.run.num_images)
-        else:
-            raise PluginError(
-                f"{self.stack.label(plugin)}: step.predict() takes a prompt or a Conditioning; got "
-                f"{type(conditioning).__name__}{state.where}",
-                plugin=plugin,
-            )
+        told = state.conditioning if conditioning is None else conditioning
+        if not isinstance(told, Conditioning):
+            what = f"takes a prompt or a Conditioning; got {type(told).__name__}"
+            self.stack.blame(plugin, "step.predict", what, state.where)
+        told = told.expand(self.run.num_images)
         latents = self.schedule.scaled(state.latents, state.timestep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-            return self.network(state, latents, conditioning, patch)
+            return self.network(state, latents, told, patch)
 
     def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
         scale = self.run.guidance_scale or 0.0
         begun = cond if uncond is None else self.model.combine(cond, uncond, scale)
-        common = {"cond": cond, "uncond": uncond}
-        combined: Tensor = self.stack.chain(
-            "combine_predictions",
-            begun,
-            lambda name, value: {**common, "prediction": value, "step": Step(state, name)},
-            tensor_problem,
-            state.where,
-        )
-        return combined
-
-    def _on_predicted_x0(self, state: StepState) -> None:
-        before = state.x0
-        after = self.stack.chain(
-            "on_predicted_x0",
-            before,
-            lambda name, x0: {"x0": x0, "step": Step(state, name)},
-            tensor_problem,
-            state.where,
-        )
-        if after is not before:
-            state.x0 = after
+        both = {"cond": cond, "uncond": uncond}
+        return self._chain("combine_predictions", state, "prediction", begun, **both)
 
     def _resampled(self, state: StepState, latents: Tensor) -> Tensor:
         """The latents, where a plugin says which images go on in whose place."""
-        count = len(latents)
-        answer = self.stack.first(
-            "resample",
-            self._for_step(state),
-            lambda new: _indices_problem(new, count),
-            state.where,
-        )
+        answer = self._first("resample", state, lambda new: _indices_problem(new, len(latents)))
         if answer is None:
             return latents
         indices = torch.as_tensor(answer).cpu()
@@ -307,17 +268,23 @@ class Sampling:
     def _check_finite(self, latents: Tensor, state: StepState) -> None:
         if images.is_finite(latents):
             return
-        where = f"after step {state.index} of {state.num_steps} (sigma {state.level.sigma:.3g})"
-        records = [r for r in self.trace if r.index == state.index and r.gradient_norm]
-        if records:
-            worst = max(records, key=lambda r: max(r.gradient_norm))
-            cause = (
-                f"The largest gradient came from {worst.plugin!r}, norm "
-                f"{max(worst.gradient_norm):.2g}; lower its scale."
-            )
-        else:
-            cause = "No guide acted: the network's own output is not finite; try float32."
+        cause = "No guide acted: the network's own output is not finite; try float32."
+        norms = [(max(r.gradient_norm), r) for r in self.trace if r.gradient_norm]
+        if here := [(norm, r.plugin) for norm, r in norms if r.index == state.index]:
+            norm, plugin = max(here)
+            cause = f"The largest gradient came from {plugin!r}, norm {norm:.2g}; lower its scale."
+        where = state.where.replace(" at", "after", 1)
         raise NonFiniteError(f"latents became non-finite {where}. {cause}")
+
+    def _first(self, hook: str, state: StepState, problem: Callable[[Any], str | None]) -> Any:
+        return self.stack.first(hook, self._for_step(state), problem, state.where)
+
+    def _chain(self, hook: str, state: StepState, key: str, value: Tensor, **more: Any) -> Tensor:
+        def arguments(name: str, value: Tensor) -> dict[str, Any]:
+            return {**more, key: value, "step": Step(state, name)}
+
+        answer: Tensor = self.stack.chain(hook, value, arguments, tensor_problem, state.where)
+        return answer
 
     def _for_run(self, *_: Any) -> dict[str, Any]:
         return {"run": self.run}
