@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,10 @@ class Guides:
         self._decode = run.model.decoder(run.decoder)
         self._disabled: set[str] = set()
         self._calls = stack.calls["loss_guidance"]
-        usual = Guide.Settings()  # for an object that is no Guide
-        self._settings = {c.name: getattr(c.plugin, "settings", usual) for c in self._calls}
+        self._settings: dict[str, Any] = {
+            c.name: c.plugin.settings if isinstance(c.plugin, Guide) else Guide.Settings()
+            for c in self._calls
+        }
         self.regions = {
             name: read_region(stack.label(name), s.mask, s.soft_edge, s.mask_edge)
             for name, s in self._settings.items()

@@ -82,7 +82,7 @@ class Sampling:
                 if state.stopped:
                     latents = outside.held_x0(state.x0).to(latents.dtype)
                     break
-            self.final = latents
+            self.final = outside.result(latents)
             self._sum_up(state)
 
     @contextlib.contextmanager
