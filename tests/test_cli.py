@@ -352,6 +352,10 @@ def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
         ("genrate", "Did you mean 'generate'? Available: "),
         ("plugins shwo", "Did you mean 'show'? Available: check, list, new, show"),
         ("generate --stpes 3", "--steps"),
+        ("generate --cfg-scale 3", "no option --cfg-scale; it is --guidance-scale"),
+        ("generate --num_inference_steps=3", "no option --num_inference_steps; it is --steps"),
+        ("generate --width 512", "no option --width; it is --size"),
+        ("generate --plugin blue", "no option --plugin; it is --use"),
     ],
 )
 def test_wrong_usage_has_exit_code_two_and_a_hint(arguments: str, words: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from .options import run_options
+from .options import Options, run_options
 from .program import debug_option, not_installed
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
 
 
-@click.command()
+@click.command(cls=Options)
 @click.argument("prompt", required=False)
 @click.option(
     "--use",

@@ -10,12 +10,14 @@ import click
 from pydantic.fields import FieldInfo
 
 from ..errors import InputError
-from ..runs.run import KEYS
+from ..runs.run import ELSEWHERE, KEYS
 from .listing import type_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SIZE = ("width", "height")  # `--size` stands for both
+# Keys that are no option of their own name.
+HERE = {"prompt": "PROMPT, the argument", "plugins": "--use", **dict.fromkeys(SIZE, "--size")}
 
 
 def run_options(command: Command) -> Command:
@@ -36,6 +38,23 @@ def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
     return str(_more(field)["metavar"] or type_text(field.annotation).upper())
+
+
+class Options(click.Command):
+    """A command that names the right option where another program's was given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            key = error.option_name.lstrip("-").replace("-", "_")
+            key = ELSEWHERE.get(key, key)
+            if here := HERE.get(key) or (key in KEYS and f"--{key.replace('_', '-')}"):
+                raise click.UsageError(
+                    f"no option {error.option_name}; it is {here}", ctx
+                ) from None
+            raise
 
 
 def told(description: str, field: FieldInfo) -> str:
