@@ -67,7 +67,7 @@ def offers(project: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for each model and each command of a package."""
     for group, what in ((MODEL_GROUP, "model"), (COMMAND_GROUP, "command")):
         for name in entry_points(project, group):
-            yield f"`{name}`", what, link(project)
+            yield f"`{name.replace('.', ' ')}`", what, link(project)
 
 
 def entry_points(project: dict[str, Any], group: str) -> Iterable[str]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pilotfish import Guide, Setting, hookimpl
 from pilotfish.cli import listing, main
-from pilotfish.cli.program import OWN
+from pilotfish.cli.program import OWN, PACKAGES
 from pilotfish.cli.report import latest_losses
 from pilotfish.hooks import registry
 from pilotfish.hooks.stack import Stack
@@ -350,7 +350,7 @@ def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
     ("arguments", "words"),
     [
         ("genrate", "Did you mean 'generate'? Available: "),
-        ("plugins shwo", "Did you mean 'show'? Available: check, list, new, show"),
+        ("plugins shwo", "Did you mean 'show'? Available: list, show"),
         ("generate --stpes 3", "--steps"),
         ("generate --cfg-scale 3", "no option --cfg-scale; it is --guidance-scale"),
         ("generate --num_inference_steps=3", "no option --num_inference_steps; it is --steps"),
@@ -651,6 +651,37 @@ def test_a_mistyped_command_is_told_the_installed_ones_too(
     assert "Did you mean 'greet'?" in call("gret").stderr
     monkeypatch.setenv("PILOTFISH_PLUGINS", "none")
     assert "greet" not in call("--help").stdout
+
+
+def test_a_package_adds_a_command_to_a_group(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    install_commands(monkeypatch, folder, **{"plugins.greet": "greetings:greet"})
+    assert call("plugins", "greet", "world", "you").stdout == "hello you\n"
+    assert call("plugins", "greet", "--debug", "world", "you").exit_code == 0
+    wrong = call("plugins", "greet", "world", "nobody")
+    assert (wrong.exit_code, wrong.stderr) == (1, "error: nobody cannot be greeted\n")
+    rows = [line.split()[0] for line in call("plugins", "--help").stdout.splitlines() if line]
+    assert rows[-3:] == ["greet", "list", "show"]
+    assert "greet" not in call("--help").stdout
+
+
+def test_no_package_can_take_the_place_of_a_group_s_own_command(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    install_commands(monkeypatch, folder, **{"plugins.list": "explosive_command:a"})
+    assert "none of them is imported" in call("plugins", "list", "--help").stdout
+
+
+@pytest.mark.parametrize("path", PACKAGES)
+def test_a_command_of_a_missing_package_names_the_package(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, path: str
+) -> None:
+    install_commands(monkeypatch, folder)
+    done = call(*path.split("."), "warmth")
+    name, package = path.replace(".", " "), PACKAGES[path]
+    assert done.stderr == (
+        f"error: the command {name!r} comes with {package}: pip install {package}\n"
+    )
+    assert done.exit_code == 1
 
 
 # ---- doctor ----

@@ -15,16 +15,19 @@ from .errors import (
     SettingsError,
 )
 from .guidance.presets import PRESETS, Preset
+from .hooks.area import Area
 from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
+    from .guidance.cutouts import cutouts
     from .guidance.noise import NoiseLevel, at_least_float32, draw
     from .hooks.use import split_values
     from .models.protocol import Embedding
     from .models.torchvision import mend_torchvision
     from .runs.changes import changed
     from .runs.pictures import (
+        area_weights,
         check_folder,
         check_writable,
         is_finite,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Area",
     "DefinitionError",
     "Embedding",
     "Guide",
@@ -66,15 +70,18 @@ __all__ = [
     "Step",
     "Stream",
     "Trace",
+    "area_weights",
     "at_least_float32",
     "changed",
     "check_folder",
     "check_writable",
+    "cutouts",
     "draw",
     "guide",
     "hookimpl",
     "is_finite",
     "load",
+    "make_plugin",
     "mend_torchvision",
     "pixels",
     "read_picture",
@@ -97,6 +104,8 @@ _LAZY = {
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
+    "area_weights": "runs.pictures",
+    "cutouts": "guidance.cutouts",
     "changed": "runs.changes",
     "check_folder": "runs.pictures",
     "check_writable": "runs.pictures",
@@ -131,6 +140,17 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
     from .sampling.sampler import Sampler
 
     return Sampler(loading.load(model, device=device, dtype=dtype, **options))
+
+
+def make_plugin(item: Any) -> Any:
+    """The plugin that an item of a run's `plugins` names: `"blue:scale=2"`, or a table.
+
+    Raises:
+        InputError, SettingsError, PluginError: nothing is named so, or it cannot be made.
+    """
+    from .hooks.registry import resolve
+
+    return resolve(item).plugin
 
 
 def __getattr__(name: str) -> Any:

@@ -134,6 +134,8 @@ def type_text(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(a) for a in args)
+    if origin is Annotated:
+        return type_text(args[0])
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(a) for a in args if a is not type(None))
     if origin is Annotated:

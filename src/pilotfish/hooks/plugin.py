@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 from pydantic import Field as Setting
 
 from ..errors import DefinitionError, InputError, PluginError, SettingsError, explain, in_utf8
+from .area import Area
 from .specs import KINDS, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..sampling.step import Step
 
 __all__ = ["Guide", "Plugin", "Setting", "guide"]
 
@@ -111,8 +109,8 @@ class Plugin:
 class Guide(Plugin):
     """A plugin with a loss: `loss_guidance(step)` says, per image, what should be lower.
 
-    Its settings always have `scale`, `start`, `stop`, `every`, `gradient`, `mask` and `soft_edge`,
-    which the host applies, not the plugin.
+    Its settings always have `scale`, `start`, `stop`, `every`, `gradient`, `mask`, `soft_edge` and
+    `mask_edge`, which the host applies, not the plugin.
     """
 
     class Settings(Plugin.Settings):
@@ -127,7 +125,7 @@ class Guide(Plugin):
             description="stop at x0 (cheap) or go on through the network to the latents; "
             "where not given, the preset decides",
         )
-        mask: tuple[float, float, float, float] | Path | None = Setting(
+        mask: Area | None = Setting(
             None,
             description="act in a part of the picture only: a picture file, white where it acts, "
             "or a box [left, top, right, bottom] in fractions of the picture",
@@ -135,17 +133,11 @@ class Guide(Plugin):
         soft_edge: float = Setting(
             0.05, ge=0, le=1, description="how far the mask's edges fade, of the shorter side"
         )
-
-        @pydantic.field_validator("mask", mode="before")
-        @classmethod
-        def _file_or_box(cls, mask: Any) -> Any:
-            if mask is None or isinstance(mask, str | Path):
-                return mask
-            with contextlib.suppress(TypeError, ValueError):
-                box = [float(fraction) for fraction in mask]
-                if len(box) == 4 and all(0 <= fraction <= 1 for fraction in box):
-                    return box
-            raise ValueError("a picture file, or [left, top, right, bottom] from 0 to 1")
+        mask_edge: Literal["soft", "hard"] = Setting(
+            "soft",
+            description="soft: the gradient fades over soft_edge; hard: outside of the mask the "
+            "picture stays what it is without the guide",
+        )
 
     def acts_at(self, index: int, num_steps: int) -> bool:
         """Whether the settings ask for this guide at step `index` of `num_steps`."""
@@ -157,7 +149,7 @@ class Guide(Plugin):
 
 
 def guide(
-    function: Callable[[Step], Tensor | None], *, name: str | None = None, **settings: Any
+    function: Callable[[Any], Tensor | None], *, name: str | None = None, **settings: Any
 ) -> Guide:
     """A guide from a plain function of the step: `guide(lambda step: step.rgb.var((1, 2, 3)))`.
 
@@ -167,7 +159,7 @@ def guide(
         function: the loss as in `Guide.loss_guidance`, one value per image, (B,).
         name: in errors and in the trace; None is the function's own, or "guide" for a lambda.
         settings: those of every guide: `scale`, `start`, `stop`, `every`, `gradient`, `mask`,
-            `soft_edge`.
+            `soft_edge`, `mask_edge`.
 
     Raises:
         InputError: not a function of one argument, or not a name.
@@ -179,7 +171,7 @@ def guide(
     class Function(Guide):
         __doc__ = inspect.getdoc(function)
 
-        def loss_guidance(self, step: Step) -> Tensor | None:
+        def loss_guidance(self, step: Any) -> Tensor | None:
             return function(step)
 
     Function.__name__ = own if name is None else check_name(name)

@@ -239,6 +239,9 @@ def _problem(pipeline: Any) -> str | None:
             f"got {type(pipeline).__name__}; pilotfish takes a StableDiffusionPipeline "
             "(Stable Diffusion 1.x or 2.x)"
         )
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    if missing := [name for name in parts if getattr(pipeline, name) is None]:
+        return f"the pipeline has no {' and no '.join(missing)}"
     unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
     if unet.time_cond_proj_dim is not None:
         return (
@@ -267,10 +270,20 @@ def _problem(pipeline: Any) -> str | None:
             f"this UNet answers with {unet.out_channels} channels for latents of {channels}: it "
             "has learned a variance, which StableDiffusionPipeline cannot use either"
         )
-    unet, text = pipeline.unet.dtype, pipeline.text_encoder.dtype
-    if unet != text:
+    takes, width = unet.encoder_hid_dim or unet.cross_attention_dim, _width(pipeline.text_encoder)
+    if isinstance(takes, int) and takes != width:
         return (
-            f"the UNet is in {unet} and the text encoder in {text}; they must be in one number "
+            f"this UNet takes text embeddings of width {takes}, and the text encoder gives width "
+            f"{width}: they are of two models"
+        )
+    ours, text = pipeline.unet.dtype, pipeline.text_encoder.dtype
+    if ours != text:
+        return (
+            f"the UNet is in {ours} and the text encoder in {text}; they must be in one number "
             "format: pipeline.to(torch.bfloat16), say"
         )
     return None
+
+
+def _width(encoder: Any) -> int:
+    return int(encoder.get_input_embeddings().weight.shape[1])

@@ -66,7 +66,6 @@ def _finite(value: Any) -> Any:
 
 
 MODELS = "the model's"
-Text = Annotated[str, pydantic.AfterValidator(in_utf8)]
 Count = Annotated[int, BeforeValidator(_whole(1))]
 
 
@@ -104,8 +103,8 @@ class Run(pydantic.BaseModel):
         protected_namespaces=(),
     )
 
-    prompt: Text = _key("", "what the picture shows")
-    negative_prompt: Text = _key(
+    prompt: str = _key("", "what the picture shows")
+    negative_prompt: str = _key(
         "", "what the picture should not show; counts only with guidance", "TEXT"
     )
     steps: Count | None = _key(None, "sampling steps", none=MODELS)
@@ -152,6 +151,10 @@ class Run(pydantic.BaseModel):
     dtype: str | None = None
 
     _model: Any = PrivateAttr(None)
+
+    _in_utf8 = pydantic.field_validator(
+        "prompt", "negative_prompt", "scheduler", "preset", "decoder", mode="before"
+    )(in_utf8)
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -79,6 +79,8 @@ class StepState:
     @x0.setter
     def x0(self, x0: Tensor) -> None:
         """Replace x0, and the output by the one that would have given it."""
+        if x0 is self._x0:
+            return
         self._x0 = self.as_used(x0)
         if self.output is not None and self.level.out:  # at sigma 0 every output gives the same x0
             self.output = self.level.output(self.latents, self._x0).to(self.output.dtype)

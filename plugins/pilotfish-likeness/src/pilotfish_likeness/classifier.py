@@ -10,15 +10,15 @@ from pydantic import ValidationInfo, field_serializer, field_validator
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from pilotfish import Guide, Setting, SettingsError
+from pilotfish import Guide, Setting, SettingsError, at_least_float32, cutouts
 
 from .networks import class_of, load
-from .views import look
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
 
 OWN = "classifier"  # in a diffusion model's folder, the folder of its own classifier
+SMALLEST = 0.7  # side of a cutout, as a fraction of the picture's shorter side
 PYTHON = "python:"  # how a callable stands in a run file
 
 
@@ -89,7 +89,7 @@ class Classifier(Guide):
     def loss_guidance(self, step: Step) -> Tensor:
         aim, images = self._aims[id(step.run)], step.image
         size = aim.size or (images.shape[2], images.shape[3])
-        views = look(images, size, self.settings.cutouts, step.generator)
+        views = cutouts(images, size, self.settings.cutouts, step.generator, smallest=SMALLEST)
         logits = aim.logits(views.flatten(0, 1))
         check(logits, views.shape[0] * views.shape[1], aim.index)
         loss: Tensor = -log_softmax(at_least_float32(logits), dim=-1)[:, aim.index]
@@ -108,11 +108,6 @@ class Aim:
     logits: Callable[[Tensor], Tensor]
     size: tuple[int, int] | None
     index: int
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened; float32 and float64 as they are."""
-    return tensor.float() if tensor.element_size() < 4 else tensor
 
 
 def own_classifier(run: Run) -> str:
