@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -65,11 +65,28 @@ def _finite(value: Any) -> Any:
     return value
 
 
+MODELS = "the model's"
 Count = Annotated[int, BeforeValidator(_whole(1))]
+
+
+def _key(
+    default: Any, description: str, metavar: str | None = None, none: str | None = None
+) -> Any:
+    """A key of a run.
+
+    Args:
+        metavar: what stands for a value in the command line's help; None is the type's name.
+        none: what None means.
+    """
+    return Field(
+        default, description=description, json_schema_extra={"metavar": metavar, "none": none}
+    )
 
 
 class Run(pydantic.BaseModel):
     """Everything needed to repeat a run. Every key's type, range, default and help stand here.
+
+    The command line's options are made of them, see `pilotfish.cli.options`.
 
     Attributes:
         plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
@@ -86,46 +103,48 @@ class Run(pydantic.BaseModel):
         protected_namespaces=(),
     )
 
-    prompt: str = Field("", description="what the picture shows")
-    negative_prompt: str = Field(
-        "", description="what the picture should not show; counts only with guidance"
+    prompt: str = _key("", "what the picture shows")
+    negative_prompt: str = _key(
+        "", "what the picture should not show; counts only with guidance", "TEXT"
     )
-    steps: Count | None = Field(None, description="sampling steps")
-    guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = Field(
-        None, description="classifier-free guidance, as diffusers has it; 1 or less is off"
+    steps: Count | None = _key(None, "sampling steps", none=MODELS)
+    guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = _key(
+        None, "classifier-free guidance, as diffusers has it; 1 or less is off", none=MODELS
     )
-    scheduler: Any = Field(
+    scheduler: Any = _key(
         None,
-        description="lms, ddim, euler ...; a diffusers scheduler; or a table with `name` and the "
-        "configuration that differs from the model's",
+        "how noise is taken away: lms, ddim, euler ... by name, a table with `name` and the "
+        "configuration that differs from the model's, or in Python a diffusers scheduler",
+        "NAME",
+        MODELS,
     )
-    preset: Any = Field(
+    preset: Any = _key(
         "balanced",
-        description="how losses become a move: the name of one, a TOML file, a table of knobs with "
-        "or without `base`, or a pilotfish.Preset",
+        f"how losses become a move: {', '.join(PRESETS)}, a TOML file, a table of knobs with or "
+        "without `base`, or in Python a pilotfish.Preset",
+        "NAME|FILE.toml",
     )
-    seed: Annotated[int, BeforeValidator(_whole(0)), BeforeValidator(_drawn)] = Field(
-        None,  # type: ignore[assignment]
-        description="of the first image, the next ones have seed + 1 ...; drawn if not given",
+    seed: Annotated[int, BeforeValidator(_whole(0)), BeforeValidator(_drawn)] = _key(
+        None, "of the first image; each further one has one more", none="drawn, and told"
     )
-    num_images: Count = Field(1, description="images of the same prompt, run as one batch")
-    height: Count | None = Field(None, description="in pixels")
-    width: Count | None = Field(None, description="in pixels")
-    checkpointing: Literal["auto", "on", "off"] = Field(
+    num_images: Count = _key(1, "images of the same prompt, run as one batch")
+    height: Count | None = _key(None, "in pixels", none=MODELS)
+    width: Count | None = _key(None, "in pixels", none=MODELS)
+    checkpointing: Literal["auto", "on", "off"] = _key(
         "auto",
-        description="compute again what the network's gradient needs, instead of keeping it: less "
-        "memory, about a third more work in a guided step. auto: above 100 million parameters",
+        "compute again what the network's gradient needs, instead of keeping it: less memory, "
+        "about a third more work in a guided step. auto: above 100 million parameters",
     )
-    on_error: Literal["raise", "skip", "disable"] = Field(
+    on_error: Literal["raise", "skip", "disable"] = _key(
         "raise",
-        description="a guide that fails: stop, skip that step, or go on without it; the trace "
-        "names it",
+        "where a guide fails: stop, skip that step, or go on without it; the trace names it",
     )
-    decoder: Annotated[str, BeforeValidator(_decoder)] = Field(
+    decoder: Annotated[str, BeforeValidator(_decoder)] = _key(
         "vae",
-        description="what guides see by: vae, or cheaper and with another gradient tiny, "
+        "what guides see by: vae, or cheaper and with another gradient tiny, "
         "tiny:FOLDER_OR_HUB_ID or linear. The pictures come from the VAE, and the trace ends with "
         "each guide's loss on them",
+        "vae|tiny|tiny:FOLDER|linear",
     )
     plugins: tuple[Any, ...] = Field((), repr=False)
     model_id: str | None = None
@@ -218,7 +237,7 @@ class Run(pydantic.BaseModel):
         content.pop("pilotfish", None)
         for key in content:
             if key not in (known := (*KEYS, "model", "dtype", "plugins")):
-                raise InputError(f"{origin}: {unknown('key', key, known)}")
+                raise InputError(f"{origin}: {unknown_key('key', key, known)}")
         if not isinstance(content.setdefault("plugins", []), list):
             raise InputError(f"{origin}: plugins must be [[plugins]] tables")
         return content
@@ -252,10 +271,15 @@ def check_keywords(options: Mapping[str, Any]) -> None:
         InputError: names the right one, also where another program calls it so.
     """
     for name in options:
-        if name in ELSEWHERE:
-            raise InputError(f"no option {name!r} of a run; here it is {ELSEWHERE[name]}")
         if name not in KEYS:
-            raise unknown("option of a run", name, [*KEYS, "plugins"])
+            raise unknown_key("option of a run", name, [*KEYS, "plugins"])
+
+
+def unknown_key(kind: str, name: str, choices: Iterable[str]) -> InputError:
+    """The error for a key that no run has: the right one, where another program calls it so."""
+    if name in ELSEWHERE:
+        return InputError(f"no {kind} called {name!r}; here it is {ELSEWHERE[name]}")
+    return unknown(kind, name, choices)
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
