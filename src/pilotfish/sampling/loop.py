@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -48,12 +48,14 @@ class Sampling:
         self.model = self.network.model
         self.described = run.resolved(self.model, stack.tables())
         self.run = self.described.of_model(self.model)
-        self.shape = self.model.latent_shape(self.run.height, self.run.width)
+        known = self.run.height, self.run.width, self.run.steps
+        height, width, steps = cast("tuple[int, int, int]", known)  # in a resolved run
+        self.shape = self.model.latent_shape(height, width)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
         self.schedule = Schedule(
             self.model.new_scheduler(spec),
-            self.run.steps,
+            steps,
             lambda scheduler, steps: self.model.set_timesteps(scheduler, steps, self.shape),
         )
         self.num_steps = self.schedule.num_steps

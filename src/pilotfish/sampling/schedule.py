@@ -182,7 +182,7 @@ class Schedule:
         latents: Tensor,
         generators: list[torch.Generator],
     ) -> Tensor:
-        options = dict(self._options)
+        options: dict[str, Any] = dict(self._options)
         if "generator" in options:
             options["generator"] = generators if len(generators) > 1 else generators[0]
         after: Tensor = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]

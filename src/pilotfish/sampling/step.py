@@ -206,7 +206,8 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        return self._known(self._state.network_latents, "network_latents")
+        latents: Tensor = self._known(self._state.network_latents, "network_latents")
+        return latents
 
     @property
     def conditioning(self) -> Conditioning:
@@ -214,7 +215,8 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        return self._known(self._state.network_conditioning, "conditioning")
+        told: Conditioning = self._known(self._state.network_conditioning, "conditioning")
+        return told
 
     def _known(self, value: Any, name: str) -> Any:
         if value is None:
