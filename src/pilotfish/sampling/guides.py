@@ -54,7 +54,7 @@ class Guides:
         self._disabled: set[str] = set()
         self._calls = stack.calls["loss_guidance"]
         self._settings: dict[str, Any] = {
-            c.name: c.plugin.settings if isinstance(c.plugin, Guide) else Guide.Settings()
+            c.name: c.plugin.settings if isinstance(c.plugin, Guide) else Guide().settings
             for c in self._calls
         }
         self.regions = {

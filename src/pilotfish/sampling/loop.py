@@ -223,9 +223,9 @@ class Sampling:
 
     def _network(self, state: StepState, both: Conditioning) -> tuple[Tensor, Tensor | None]:
         """One call of the network: the prediction for the prompt, and for the negative prompt."""
-        latents = torch.cat([state.latents] * (1 + self.run.guided_by_prompt))
-        latents = self.schedule.scaled(latents, state.timestep)
-        *uncond, cond = self.network(state, latents, both).split(len(state.latents))
+        halves = 1 + self.run.guided_by_prompt
+        latents = self.schedule.scaled(torch.cat([state.latents] * halves), state.timestep)
+        *uncond, cond = self.network(state, latents, both).chunk(halves)  # (B, C, H, W) each
         return cond, uncond[0] if uncond else None
 
     def _further_prediction(
