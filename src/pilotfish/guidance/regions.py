@@ -47,15 +47,14 @@ class Region:
             SettingsError: it is hard, and covers no cell by more than half.
         """
         covered = self._covered(size)
-        if not self.hard:
-            return covered.float()
-        if not (covered > 0.5).any():
+        inside = covered > 0.5 if self.hard else covered
+        if self.hard and not inside.any():
             raise SettingsError(
                 f"{self._owner}: mask_edge='hard' keeps the cells that the mask covers by more "
                 f"than half, and of {size[0]} x {size[1]} it covers none; take a larger mask, or "
                 "mask_edge='soft'"
             )
-        return (covered > 0.5).float()
+        return inside.float()
 
     def _covered(self, size: tuple[int, int]) -> Tensor:
         deviation = self._soft_edge / 2 * min(size)  # most of the fade is two of them
