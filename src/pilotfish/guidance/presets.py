@@ -97,11 +97,10 @@ class Preset:
     def changes(self) -> dict[str, Any]:
         """What a run file needs: `base`, and the knobs that differ from it; all without a base."""
         knobs = dataclasses.asdict(self)
-        base = PRESETS.get(self.name)
-        if base is None:
+        if self.name not in PRESETS:
             return {key: value for key, value in knobs.items() if value is not None}
-        changed = {k: v for k, v in knobs.items() if v != getattr(base, k)}
-        return {"base": self.name, **changed}
+        base = PRESETS[self.name]
+        return {"base": self.name, **{k: v for k, v in knobs.items() if v != getattr(base, k)}}
 
 
 def within(progress: float, start: float, stop: float) -> bool:

@@ -67,10 +67,29 @@ class Plugin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if problem := _definition_problem(cls):
+        if problem := cls._definition_problem():
             raise DefinitionError(f"{cls.__qualname__}.{problem}", plugin=cls.__qualname__)
-        for hook in KINDS & vars(cls).keys():
+        for hook in KINDS.keys() & vars(cls).keys():
             hookimpl(vars(cls)[hook])
+
+    @classmethod
+    def _definition_problem(cls) -> str | None:
+        """What is wrong with the class, that would be silent or fail much later."""
+        base: Any = next(k for k in cls.__mro__[1:] if k.__module__ == __name__)  # Guide or Plugin
+        if not (inspect.isclass(cls.Settings) and issubclass(cls.Settings, base.Settings)):
+            settings = f"{base.__name__}.Settings"
+            return f"Settings must inherit from {settings}; write class Settings({settings}): ..."
+        for name, member in vars(cls).items():
+            method = inspect.isfunction(member)
+            if name in KINDS and not method:
+                kind = type(member).__name__
+                return f"{name} is a {kind}; a hook is a plain method: def {name}(self, ...)"
+            if name not in KINDS and method and name[0] != "_" and (near := near_hooks(name)):
+                return (
+                    f"{name} is not a hook. Did you mean {near[0]!r}? "
+                    f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}"
+                )
+        return None
 
     def __repr__(self) -> str:
         given = self.settings.model_dump(exclude_defaults=True)
@@ -170,25 +189,6 @@ def check_name(name: str) -> str:
     return name
 
 
-def _definition_problem(plugin: type[Any]) -> str | None:
-    """What is wrong with a plugin's class, that would be silent or fail much later."""
-    base: Any = next(k for k in plugin.__mro__[1:] if k.__module__ == __name__)  # Guide or Plugin
-    if not (inspect.isclass(plugin.Settings) and issubclass(plugin.Settings, base.Settings)):
-        settings = f"{base.__name__}.Settings"
-        return f"Settings must inherit from {settings}; write class Settings({settings}): ..."
-    for name, member in vars(plugin).items():
-        if name in KINDS and not inspect.isfunction(member):
-            kind = type(member).__name__
-            return f"{name} is a {kind}; a hook is a plain method: def {name}(self, ...)"
-        private = name in KINDS or name.startswith("_") or not inspect.isfunction(member)
-        if not private and (near := near_hooks(name)):
-            return (
-                f"{name} is not a hook. Did you mean {near[0]!r}? "
-                f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}"
-            )
-    return None
-
-
 def check_instance(plugin: object, name: str) -> None:
     """Refuse what can never act: a class, an object without hooks, one that was never set up.
 
@@ -202,17 +202,18 @@ def check_instance(plugin: object, name: str) -> None:
 def _instance_problem(plugin: object) -> str | None:
     if isinstance(plugin, type):
         return f"got the class {plugin.__qualname__}; pass an instance: {plugin.__name__}(...)"
-    kind, hooks, hint = type(plugin).__name__, implemented(plugin), _hint(type(plugin))
+    kind, hooks = type(plugin).__name__, implemented(plugin)
     if isinstance(plugin, Plugin) and "settings" not in vars(plugin):
         return f"{kind}.__init__ sets no settings; begin it with super().__init__(**settings)"
-    if not hooks and isinstance(plugin, Plugin):
-        return f"{kind} implements no hook. {hint or 'Hooks: ' + ', '.join(KINDS)}"
-    if not hooks:
-        ways = "Inherit from pilotfish.Plugin or mark its methods with @pilotfish.hookimpl"
-        return f"{kind} implements no hook. {ways}."
-    if isinstance(plugin, Guide) and "loss_guidance" not in hooks and hint:
-        return f"{kind} is a Guide without loss_guidance(). {hint}"
-    return None
+    if isinstance(plugin, Guide) and hooks and "loss_guidance" not in hooks:
+        hint = _hint(type(plugin))
+        return hint and f"{kind} is a Guide without loss_guidance(). {hint}"
+    if hooks:
+        return None
+    advice = "Inherit from pilotfish.Plugin or mark its methods with @pilotfish.hookimpl."
+    if isinstance(plugin, Plugin):
+        advice = _hint(type(plugin)) or f"Hooks: {', '.join(KINDS)}"
+    return f"{kind} implements no hook. {advice}"
 
 
 def _hint(plugin: type[Any]) -> str:

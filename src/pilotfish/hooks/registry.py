@@ -71,7 +71,7 @@ class Entry:
     use: str
     name: str | None = None
 
-    @property
+    @functools.cached_property
     def version(self) -> str | None:
         """The distribution that it comes with, as `Installed.package`; None where from a file."""
         entries = installed().get(self.use)

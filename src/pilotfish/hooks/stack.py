@@ -75,10 +75,10 @@ class Stack:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             what = str(error).splitlines()[-1]
-            known = [f"Hooks: {', '.join(specs.KINDS)}"]
-            for hook in (hook for hook in specs.KINDS if f"hook {hook!r}" in str(error)):
-                known = [f"{hook} takes: {', '.join(signature(getattr(specs, hook)).parameters)}"]
-            raise PluginError(f"{self.label(name)}: {what}. {known[0]}", plugin=name) from error
+            known = f"Hooks: {', '.join(specs.KINDS)}"
+            if hook := next((h for h in specs.KINDS if f"hook {h!r}" in str(error)), None):
+                known = f"{hook} takes: {', '.join(signature(getattr(specs, hook)).parameters)}"
+            raise PluginError(f"{self.label(name)}: {what}. {known}", plugin=name) from error
         except ValueError as error:
             twice = "stands in the list twice as one object; make two instances"
             raise InputError(f"{self.label(name)} {twice}") from error
