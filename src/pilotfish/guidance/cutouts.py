@@ -75,23 +75,17 @@ def resizing(
         t.unsqueeze(-1).to(like, non_blocking=True) for t in (centers - whole, whole, step)
     )
     places = torch.arange(inputs).to(like, non_blocking=True)
-    weights = _KERNELS[kernel]((places - whole - rest) / width.clamp(min=1))
+    weights = _filter((places - whole - rest) / width.clamp(min=1), kernel)
     first, end = (t.unsqueeze(-1).to(like, non_blocking=True) for t in (start, start + length))
     weights = weights * ((places >= first) & (places < end)).unsqueeze(-2)
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _linear(distance: Tensor) -> Tensor:
-    """The triangle filter."""
-    return (1 - distance.abs()).clamp(min=0)
-
-
-def _cubic(distance: Tensor) -> Tensor:
-    """Keys' cubic filter with a = -0.5, as Pillow and antialiased `interpolate` have it."""
+def _filter(distance: Tensor, kernel: Kernel) -> Tensor:
+    """The triangle, or Keys' cubic with a = -0.5, as Pillow and antialiased `interpolate` do."""
     x = distance.abs()
+    if kernel == "bilinear":
+        return (1 - x).clamp(min=0)
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return torch.where(x < 1, near, torch.where(x < 2, far, 0))
-
-
-_KERNELS = {"bilinear": _linear, "bicubic": _cubic}

@@ -47,15 +47,14 @@ class Region:
             SettingsError: it is hard, and covers no cell by more than half.
         """
         covered = self._covered(size)
-        if not self.hard:
-            return covered.float()
-        if not (covered > 0.5).any():
+        inside = covered > 0.5 if self.hard else covered
+        if self.hard and not inside.any():
             raise SettingsError(
                 f"{self._owner}: mask_edge='hard' keeps the cells that the mask covers by more "
                 f"than half, and of {size[0]} x {size[1]} it covers none; take a larger mask, or "
                 "mask_edge='soft'"
             )
-        return (covered > 0.5).float()
+        return inside.float()
 
     def _covered(self, size: tuple[int, int]) -> Tensor:
         deviation = self._soft_edge / 2 * min(size)  # most of the fade is two of them
@@ -89,17 +88,14 @@ def mask_weights(
         deviation: of the Gaussian that blurs it, in cells.
         cut: the middle is cut to the cells' shape; otherwise the mask is stretched to it.
     """
-    sides = mask.shape[2:]
-    taken = [float(side) for side in sides]
-    if cut:
-        scale = min(sides[0] / size[0], sides[1] / size[1])  # of the mask's pixels in a cell
-        taken = [scale * cells for cells in size]
-    rows, columns = (
-        covered(
-            (torch.arange(side + 1).double() - (side - part) / 2) * cells / part, cells, deviation
-        )
-        for side, part, cells in zip(sides, taken, size, strict=True)
-    )
+    sides = list(zip(mask.shape[2:], size, strict=True))
+    scale = min(side / cells for side, cells in sides)  # of the mask's pixels in a cell
+    lines = []
+    for side, cells in sides:
+        taken = scale * cells if cut else float(side)
+        edges = (torch.arange(side + 1).double() - (side - taken) / 2) * cells / taken
+        lines.append(covered(edges, cells, deviation))
+    rows, columns = lines
     return (rows @ mask[0, 0].double() @ columns.T).clamp(0, 1)[None, None]
 
 

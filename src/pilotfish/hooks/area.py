@@ -20,14 +20,12 @@ def check_area(area: Any) -> Box | Path:
         return Path(area)
     try:
         left, top, right, bottom = map(float, area)
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return left, top, right, bottom
     except (TypeError, ValueError, OverflowError):
-        left = top = right = bottom = 0.0
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise ValueError(
-            "a picture file, or [left, top, right, bottom] with 0 <= left < right <= 1 and "
-            "0 <= top < bottom <= 1"
-        )
-    return left, top, right, bottom
+        pass  # no four numbers
+    bounds = "0 <= left < right <= 1 and 0 <= top < bottom <= 1"
+    raise ValueError(f"a picture file, or [left, top, right, bottom] with {bounds}")
 
 
 Area = Annotated[Box | Path, BeforeValidator(check_area)]
