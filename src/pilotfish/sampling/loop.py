@@ -72,9 +72,13 @@ class Sampling:
             self.prompts = Prompts(self.run, self.stack)
             latents, first = self._start()
             for index in range(first, self.num_steps):
-                state = self._guided(index, latents)
-                for repeat in range(1, self.guides.repeats(index)):
-                    state = self._guided(index, self.guides.renoise(state), repeat)
+                repeats = self.guides.repeats(index)
+                for repeat in range(repeats):
+                    state = self.begin(index, latents, repeat)
+                    cond, uncond = self.predict(state)
+                    self.guide(state, cond, uncond)
+                    if repeat + 1 < repeats:
+                        latents = self.guides.renoise(state)
                 latents = outside.held(self.advance(state))
                 self._check_finite(latents, state)
                 self.stack.notify("after_step", self._for_step(state), state.where)
@@ -105,14 +109,7 @@ class Sampling:
                     raise
                 first.add_note(f"and at teardown: {error}")
 
-    def _guided(self, index: int, latents: Tensor, repeat: int = 0) -> StepState:
-        """A step up to its prediction, as the guides leave it."""
-        state = self.begin(index, latents, repeat)
-        cond, uncond = self.predict(state)
-        self.guide(state, cond, uncond)
-        return state
-
-    def begin(self, index: int, latents: Tensor, repeat: int = 0) -> StepState:
+    def begin(self, index: int, latents: Tensor, repeat: int) -> StepState:
         """The step as the network will find it."""
         state = StepState(
             run=self.run,
