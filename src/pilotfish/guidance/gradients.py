@@ -183,7 +183,10 @@ def averaged(samples: Sequence[Pull]) -> Pull:
         for (_, name), gradient in pull.times(weight).items()
     }
     loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
-    seconds = lambda: sum(pull.seconds() for pull in samples)  # noqa: E731
+
+    def seconds() -> float:
+        return sum(pull.seconds() for pull in samples)
+
     return replace(samples[0], loss=loss, gradients=gradients, seconds=seconds)
 
 

@@ -38,6 +38,7 @@ from .presets import Preset
 # Measured: docs/guidance.md, "Without a prompt".
 UNPROMPTED_PULL = 0.1
 UNIT = ("rms", "sphere")  # the rules that do not see how large a loss is
+ENDS: tuple[End, ...] = ("latents", "x0")
 
 Descent = Callable[[Tensor], tuple[list[SharedGraph], list[Pull]]]
 
@@ -99,7 +100,7 @@ def combine(
         for _ in range(1, preset.iterations):
             shifted, further = descend(move)
             if further:
-                gradient = _summed(shifted, further, preset).gradient
+                gradient = _summed(shifted, further, preset, "x0").gradient
                 move = move + _of_x0(gradient, preset, place)
         moves.append(move * _per_x0(preset, place))
     parts = torch.stack([s.parts for s in sums.values()]).sum(dim=0)
@@ -117,33 +118,27 @@ def _trusted(move: Tensor, preset: Preset, place: Place) -> Tensor:
 
 def _sums(graphs: Sequence[SharedGraph], pulls: Sequence[Pull], preset: Preset) -> dict[End, Sum]:
     """The guides' weighted gradients in one, at x0, for each of the ends where any of them ends."""
-    at_latents, at_x0 = (
-        [pull if end in pull.ends else None for pull in pulls] for end in ("latents", "x0")
-    )
-    if at_latents == at_x0:
-        both = _summed(graphs, pulls, preset)
-        return {"latents": both, "x0": both}
-    sums: dict[End, Sum] = {}
-    if any(at_latents):
-        sums["latents"] = _summed(graphs, at_latents, preset, retain_graph=any(at_x0))
-    if any(at_x0):
-        sums["x0"] = _summed(graphs, at_x0, preset)
-    return sums
+    ends = [end for end in ENDS if any(end in pull.ends for pull in pulls)]
+    if all(len(pull.ends) == len(ENDS) for pull in pulls):
+        return dict.fromkeys(ends, _summed(graphs, pulls, preset, "x0"))
+    return {end: _summed(graphs, pulls, preset, end, retain=end != ends[-1]) for end in ends}
 
 
 def _summed(
     graphs: Sequence[SharedGraph],
-    pulls: Sequence[Pull | None],
+    pulls: Sequence[Pull],
     preset: Preset,
-    retain_graph: bool = False,
+    end: End,
+    *,
+    retain: bool = False,
 ) -> Sum:
-    """At x0; a guide that is None has no part in it."""
+    """Of the guides whose gradients end there."""
     return sum_at_x0(
         graphs,
-        [_weighted(pull, preset) if pull else {} for pull in pulls],
+        [_weighted(pull, preset) if end in pull.ends else {} for pull in pulls],
         keep_size=preset.rule in UNIT,
         project=preset.combine == "project",
-        retain_graph=retain_graph,
+        retain_graph=retain,
     )
 
 

@@ -126,8 +126,8 @@ def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
     choices = installed(group)
     if name not in choices:
         if group == PLUGIN_GROUP and name in hidden():
-            hides = f"{LIMIT}={os.environ[LIMIT]} hides it; name it there too, or unset it"
-            raise InputError(f"plugin {name!r} is installed, but {hides}")
+            why = f"{LIMIT}={os.environ[LIMIT]} hides it; name it there too, or unset the variable"
+            raise InputError(f"plugin {name!r} is installed, but {why}")
         raise unknown(kind, name, choices)
     if len(choices[name]) > 1:
         owners = " and ".join(claim.package for claim in choices[name])

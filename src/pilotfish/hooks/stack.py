@@ -25,6 +25,9 @@ from .registry import Entry, foreign, resolve
 
 # The values a hook may ask for, by argument name, for the plugin of that name and a chain's value.
 Arguments = Callable[[str, Any], dict[str, Any]]
+Named = tuple[str, Any]  # a plugin's name, and the plugin or its answer
+# What is wrong with an answer; of a chain, with it and the value that it follows.
+Check = Callable[[Any], str | None]
 Problem = Callable[[Any, Any], str | None]
 
 
@@ -95,7 +98,7 @@ class Stack:
             if (i := found.get(name))
         )
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[Named]:
         return ((name, entry.plugin) for name, entry in self.entries.items())
 
     def __len__(self) -> int:
@@ -132,9 +135,7 @@ class Stack:
         for call in self.calls[hook]:
             self.call(call, arguments(call.name, None), where)
 
-    def first(
-        self, hook: str, arguments: Arguments, problem: Callable[[Any], str | None], where: str = ""
-    ) -> Any:
+    def first(self, hook: str, arguments: Arguments, problem: Check, where: str = "") -> Any:
         """The first answer that is not `None`, checked by `problem`; `None` if nobody answers."""
         for name, answer in self.collect(hook, arguments, where):
             if what := problem(answer):
@@ -149,17 +150,15 @@ class Stack:
         for call in self.calls[hook]:
             version = getattr(value, "_version", None)
             answer = self.call(call, arguments(call.name, value), where)
-            what = None if answer is None else problem(answer, value)
             if getattr(value, "_version", None) != version:
-                what = "changed its input in place; return a new tensor"
-            if what:
-                self.blame(call.name, hook, what, where)
-            value = value if answer is None else answer
+                self.blame(call.name, hook, "changed its input in place; return a new one", where)
+            if answer is not None:
+                if what := problem(answer, value):
+                    self.blame(call.name, hook, what, where)
+                value = answer
         return value
 
-    def collect(
-        self, hook: str, arguments: Arguments, where: str = ""
-    ) -> Iterator[tuple[str, Any]]:
+    def collect(self, hook: str, arguments: Arguments, where: str = "") -> Iterator[Named]:
         """All answers that are not `None`, one after the other, each with the plugin's name."""
         for call in self.calls[hook]:
             answer = self.call(call, arguments(call.name, None), where)
