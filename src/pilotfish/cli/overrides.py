@@ -6,8 +6,8 @@ import functools
 from typing import Any
 
 from ..errors import InputError
-from ..runs.changes import changed, table
 from ..runs.run import Run
+from .changes import changed, table
 
 
 def compose(
