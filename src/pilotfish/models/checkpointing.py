@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from .protocol import Again
+
 AUTO_PARAMETERS = 100_000_000  # below, activations fit anyway and speed counts
 
 # diffusers' classes by name: a block without attention, and the layers of the others.
@@ -21,8 +23,6 @@ PARTS = {
     *("DownBlock2D", "UpBlock2D", "ResnetBlock2D", "Attention", "Upsample2D", "Downsample2D"),
     "BasicTransformerBlock",
 }
-
-Again = Callable[[], contextlib.AbstractContextManager[Any] | None]
 
 
 def parts(network: Any) -> list[Any]:

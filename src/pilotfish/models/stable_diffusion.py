@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +15,10 @@ from torch import Tensor
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
-from .checkpointing import Again, checkpoint_layers
+from .checkpointing import checkpoint_layers
 from .clip_text import ClipText
 from .copies import offload_hook, own_copy
-from .protocol import Conditioning, Defaults, Embedding, Role, Site
+from .protocol import Again, Conditioning, Defaults, Embedding, Generators, Role, Site
 from .schedulers import diffusers
 
 from diffusers.loaders import TextualInversionLoaderMixin  # isort: skip  # torchvision is mended
@@ -59,17 +59,14 @@ class StableDiffusion:
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)
         side = self.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        self.defaults = Defaults.of(
-            pipeline, self.folder, int(height) * self.factor, int(width) * self.factor
-        )
+        sides = (side, side) if isinstance(side, int) else side
+        self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
         self._made: dict[Any, Any] = {}  # from these networks, for all runs
         self._set_encoder()
 
     def _set_encoder(self) -> None:
-        self.text_encoders = (
-            ClipText("text_encoder", self.tokenizer, self.text_encoder, self._spell),
-        )
+        clip = ClipText("text_encoder", self.tokenizer, self.text_encoder, self._spell)
+        self.text_encoders = (clip,)
 
     def _spell(self, prompt: str) -> str:
         """Write out words of several vectors that the pipeline has loaded."""
@@ -118,9 +115,7 @@ class StableDiffusion:
                 )
         return int(self.unet.config.in_channels), height // self.factor, width // self.factor
 
-    def noise(
-        self, shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
-    ) -> Tensor:
+    def noise(self, shape: Sequence[int], generators: Generators, dtype: torch.dtype) -> Tensor:
         """Noise (B, C, H, W) on the CPU."""
         return draw(shape, generators, dtype)
 
@@ -175,7 +170,7 @@ class StableDiffusion:
     def _enlarged_rgb(self, latents: Tensor) -> Tensor:
         return decoders.enlarged(self.rgb(latents), self.factor)
 
-    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+    def encode(self, image: Tensor, generator: Generators | None = None) -> Tensor:
         """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents: the mean of the VAE's posterior.
 
         Once more in float32 where half precision overflows.
@@ -200,9 +195,7 @@ class StableDiffusion:
             self._made[key] = decoders.fit_rgb(self.encode, self.factor).to(self.device)
         return decoders.linear(self._made[key], latents)
 
-    def differentiable(
-        self, checkpointing: str, again: Again = contextlib.nullcontext
-    ) -> StableDiffusion:
+    def differentiable(self, checkpointing: str, again: Again = nullcontext) -> StableDiffusion:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
         model = type(self)(self._pipeline, self.id)
         model._made = self._made
@@ -235,10 +228,7 @@ def _decoded(vae: Any, latents: Tensor) -> Tensor:
 def _problem(pipeline: Any) -> str | None:
     """Why the parts of a pipeline are no Stable Diffusion that a prompt alone can drive."""
     if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
-        return (
-            f"got {type(pipeline).__name__}; pilotfish takes a StableDiffusionPipeline "
-            "(Stable Diffusion 1.x or 2.x)"
-        )
+        return f"expected a StableDiffusionPipeline; got {type(pipeline).__name__}"
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     if missing := [name for name in parts if getattr(pipeline, name) is None]:
         return f"the pipeline has no {' and no '.join(missing)}"
