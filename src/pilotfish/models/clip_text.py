@@ -69,8 +69,9 @@ class ClipText:
         known, spelled, vectors = set(tokenizer.get_vocab()), {}, {}
         for number, (word, values) in enumerate(words.items()):
             if word in known:
-                message = f"the word {word!r} cannot be added: {self.name} already knows it. "
-                raise InputError(message + "Choose another token.")
+                raise InputError(
+                    f"the word {word!r} cannot be added: {self.name} knows it already; take another"
+                )
             pieces = [f"<|pilotfish-{number}-{i}|>" for i in range(len(values))]
             tokenizer.add_tokens(pieces)
             spelled[word] = " ".join(pieces)
@@ -89,26 +90,20 @@ class ClipText:
             UserWarning: the prompt is longer than the encoder takes; names the words that are
                 dropped.
         """
-        text = self._spell(text)
         with _one_at_a_time:
-            text = self.prepare(text)
+            text = self.prepare(self._spell(text))
             found = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
             whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
         if len(whole) > self.length:
             dropped = self.tokenizer.decode(whole[self.length - 1 : -1])
-            warnings.warn(
-                f"the prompt is {len(whole) - 2} tokens long; {self.name} takes "
-                f"{self.length - 2}. Dropped: {dropped!r}",
-                UserWarning,
-                stacklevel=2,
-            )
-        ids, used = found.input_ids, int(found.attention_mask.sum())
-        numbers = ids[0].tolist()
-        plain = zip(numbers, self.tokenizer.convert_ids_to_tokens(numbers), strict=True)
-        pieces = [self.vectors[n][1] if n in self.vectors else piece for n, piece in plain]
-        added = {at: self.vectors[n][0] for at, n in enumerate(numbers) if n in self.vectors}
-        for position in added:
-            ids[0, position] = 0
+            takes = f"{self.name} takes {self.length - 2}. Dropped: {dropped!r}"
+            warnings.warn(f"the prompt is {len(whole) - 2} tokens long; {takes}", stacklevel=2)
+        ids, used, added = found.input_ids, int(found.attention_mask.sum()), {}
+        pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        for at, number in enumerate(ids[0].tolist()):
+            if number in self.vectors:
+                added[at], pieces[at] = self.vectors[number]
+                ids[0, at] = 0
         return Tokens(ids, tuple(pieces), used, added)
 
     def _spell(self, text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, ModelError, PilotfishError, unknown
+from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
@@ -23,11 +23,7 @@ PLACE = ("revision", "cache_dir", "token", "local_files_only", "force_download",
 
 
 def load(
-    model: str | Path | None = None,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    **options: Any,
+    model: Any = None, *, device: Any = None, dtype: Any = None, **options: Any
 ) -> LatentDiffusion:
     """Load the networks; see `pilotfish.load`."""
     device, target, number_format = parse_device(device), locate(model), parse_dtype(dtype)
@@ -37,12 +33,9 @@ def load(
             place = {name: options[name] for name in PLACE if name in options}
             index = diffusers.DiffusionPipeline.load_config(target, **place)
             family = family_of(str(index.get("_class_name", "")), f"model {str(model or target)!r}")
-            kind = getattr(diffusers, index["_class_name"])
             options = {"dtype": number_format, **family.pipeline_options, **options}
-            pipeline = kind.from_pretrained(target, **options)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(target, **options)
         except (OSError, ValueError) as error:
-            if isinstance(error, PilotfishError):
-                raise
             raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return adapt(pipeline.to(device), id=str(model) if model else "emoji")
@@ -94,11 +87,10 @@ def locate(model: str | Path | None) -> str:
         )
     place = Path(os.path.expanduser(name))
     if place.is_file() or place.suffix in (".safetensors", ".ckpt", ".bin"):
-        what = "is one file" if place.is_file() else "would be one file, and does not exist"
         raise InputError(
-            f"{name} {what}; pilotfish loads a folder in the diffusers layout, or a hub id. Make "
-            f"one of a whole checkpoint: diffusers.StableDiffusionPipeline.from_single_file("
-            f"{str(place)!r}).save_pretrained('FOLDER')"
+            f"{name} is one file; expected a folder in the diffusers layout, or a hub id. Make a "
+            f"folder of it: diffusers.StableDiffusionPipeline.from_single_file({str(place)!r})"
+            ".save_pretrained('FOLDER')"
         )
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")

@@ -21,7 +21,7 @@ from .copies import offload_hook, own_copy
 from .protocol import Again, Conditioning, Defaults, Embedding, Generators, Role, Site
 from .schedulers import diffusers
 
-from diffusers.loaders import TextualInversionLoaderMixin  # isort: skip  # torchvision is mended
+TAKES = "pilotfish takes Stable Diffusion 1.x and 2.x"
 
 
 class StableDiffusion:
@@ -70,8 +70,8 @@ class StableDiffusion:
 
     def _spell(self, prompt: str) -> str:
         """Write out words of several vectors that the pipeline has loaded."""
-        spelled: str = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
-        return spelled
+        loader = diffusers.loaders.TextualInversionLoaderMixin()
+        return str(loader.maybe_convert_prompt(prompt, self.tokenizer))
 
     @property
     def denoiser(self) -> Any:
@@ -221,8 +221,7 @@ class StableDiffusion:
 def _decoded(vae: Any, latents: Tensor) -> Tensor:
     scaled = latents.to(decoders.dtype_of(vae)) / vae.config.scaling_factor
     image: Tensor = vae.decode(scaled, return_dict=False)[0]  # (B, 3, 8H, 8W)
-    result: Tensor = at_least_float32(image) / 2 + 0.5
-    return result
+    return at_least_float32(image) / 2 + 0.5
 
 
 def _problem(pipeline: Any) -> str | None:
@@ -234,32 +233,22 @@ def _problem(pipeline: Any) -> str | None:
         return f"the pipeline has no {' and no '.join(missing)}"
     unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
     if unet.time_cond_proj_dim is not None:
-        return (
-            "this UNet takes the guidance scale as an input (a distilled LCM); "
-            "pilotfish takes models that are guided by two predictions"
-        )
+        return f"this UNet takes the guidance scale as an input (a distilled LCM); {TAKES}"
     # diffusers loads a folder of another family's pipeline as one of this kind.
     if unet.addition_embed_type is not None or unet.in_channels != channels:
         return (
-            "this UNet takes more than latents and a prompt, as those of Stable Diffusion XL "
-            "and of inpainting do; pilotfish takes Stable Diffusion 1.x and 2.x"
+            "this UNet takes more than latents and a prompt, as those of Stable Diffusion XL and "
+            f"of inpainting do; {TAKES}"
         )
     if unet.class_embed_type is not None or unet.num_class_embeds is not None:
-        return (
-            "this UNet takes a class or an image's embedding beside the prompt (class_embed_type "
-            f"{unet.class_embed_type!r}, num_class_embeds {unet.num_class_embeds}), which no run "
-            "gives it; pilotfish takes Stable Diffusion 1.x and 2.x"
-        )
+        return f"this UNet takes a class or an image's embedding beside the prompt; {TAKES}"
     if unet.encoder_hid_dim_type not in (None, "text_proj"):
         return (
             f"this UNet takes image embeddings beside the prompt ({unet.encoder_hid_dim_type}: an "
             "IP-Adapter is loaded); call pipeline.unload_ip_adapter() first"
         )
     if unet.out_channels != channels:
-        return (
-            f"this UNet answers with {unet.out_channels} channels for latents of {channels}: it "
-            "has learned a variance, which StableDiffusionPipeline cannot use either"
-        )
+        return f"this UNet has learned a variance: {unet.out_channels} channels out; {TAKES}"
     takes, width = unet.encoder_hid_dim or unet.cross_attention_dim, _width(pipeline.text_encoder)
     if isinstance(takes, int) and takes != width:
         return (
