@@ -128,7 +128,7 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
     Args:
         model: a folder in the diffusers layout, a hub id, or an installed model's name; None is
             the emoji model that ships.
-        device: None picks CUDA, then MPS, then the CPU.
+        device: None is the accelerator that torch has here (CUDA, MPS ...), or the CPU.
         dtype: torch.float32 (None), float16 or bfloat16, or its name.
         options: passed on to `StableDiffusionPipeline.from_pretrained` (`variant`, `revision`).
 

@@ -233,11 +233,8 @@ def read_run(path: str | Path) -> str:
             256,000 characters.
     """
     try:  # a warning would be of its size, for which the limit is ours
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=("PNG",)) as picture,
-        ):
-            pixels, text = math.prod(picture.size), picture.info.get(KEY)
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as png:
+            pixels, text = math.prod(png.size), png.info.get(KEY)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path}, expected a PNG picture: {error}") from None
     if pixels > PIXELS:
