@@ -20,12 +20,12 @@ from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
+    from .cli.changes import changed
     from .guidance.cutouts import cutouts
     from .guidance.noise import NoiseLevel, at_least_float32, draw
     from .hooks.use import split_values
     from .models.protocol import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.changes import changed
     from .runs.pictures import (
         area_weights,
         check_folder,
@@ -106,7 +106,7 @@ _LAZY = {
     "Trace": "sampling.trace",
     "area_weights": "runs.pictures",
     "cutouts": "guidance.cutouts",
-    "changed": "runs.changes",
+    "changed": "cli.changes",
     "check_folder": "runs.pictures",
     "check_writable": "runs.pictures",
     "at_least_float32": "guidance.noise",
@@ -128,7 +128,7 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
     Args:
         model: a folder in the diffusers layout, a hub id, or an installed model's name; None is
             the emoji model that ships.
-        device: None picks CUDA, then MPS, then the CPU.
+        device: None is the accelerator that torch has here (CUDA, MPS ...), or the CPU.
         dtype: torch.float32 (None), float16 or bfloat16, or its name.
         options: passed on to `StableDiffusionPipeline.from_pretrained` (`variant`, `revision`).
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..runs.changes import TEXT_KEYS, changed, table
 from ..runs.run import Run
+from .changes import TEXT_KEYS, changed, table
 from .options import given
 
 

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gradients import End, Gradients, Pull, SharedGraph, Sum, inverse, resized, rms, sum_at_x0
+from .gradients import End, Gradients, Pull, Sum, inverse, resized, rms, sum_at_x0
+from .graph import SharedGraph
 from .noise import CLEAN, NoiseLevel, at_least_float32
 from .presets import Preset
 

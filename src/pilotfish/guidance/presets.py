@@ -146,10 +146,10 @@ def _from_file(path: Path) -> Preset:
 
 def _from_table(table: Mapping[str, Any]) -> Preset:
     knobs = dict(table)
-    label = f"preset {knobs.get('name', '')!r}"
     if base := knobs.pop("base", None):
         knobs = {**dataclasses.asdict(find_preset(base)), **knobs}
-    elif missing := ", ".join(sorted(REQUIRED - knobs.keys())):
+    label = f"preset {knobs.get('name', '')!r}"
+    if missing := ", ".join(sorted(REQUIRED - knobs.keys())):
         raise InputError(f"{label}: {missing} must be given, or `base`, the name of a preset")
     for knob in knobs:
         if knob not in KNOBS:

@@ -25,6 +25,8 @@ from . import decoding
 PIXELS, FORMATS = 32_000_000, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 KEY, LENGTH = "pilotfish", 256_000  # the run among a PNG's texts, and its most characters
 
+Size = tuple[int, int]  # (height, width)
+
 
 def to_pil(image: Tensor) -> list[Image.Image]:
     """Pictures from an image (B, 3, H, W) in [0, 1]; what lies outside is clamped.
@@ -44,11 +46,7 @@ def pixels(picture: Image.Image) -> Tensor:
 
 
 def read_picture(
-    path: str | Path,
-    what: str,
-    *,
-    mode: Literal["RGB", "L"] = "RGB",
-    size: tuple[int, int] | None = None,
+    path: str | Path, what: str, *, mode: Literal["RGB", "L"] = "RGB", size: Size | None = None
 ) -> Image.Image:
     """A picture from a file, as viewers show it; what is transparent is white, or black in "L".
 
@@ -69,9 +67,7 @@ def read_picture(
         picture = decoding.shown(file)
     ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
     flat = Image.alpha_composite(ground, picture).convert(mode)
-    if size is None:
-        return flat
-    return ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)
+    return ImageOps.fit(flat, size[::-1], Image.Resampling.LANCZOS) if size else flat
 
 
 @contextlib.contextmanager
@@ -103,11 +99,7 @@ def read_mask(path: str | Path, what: str) -> Tensor:
 
 
 def area_weights(
-    area: Box | Path | str,
-    size: tuple[int, int],
-    *,
-    what: str,
-    shape: tuple[int, int] | None = None,
+    area: Box | Path | str, size: Size, *, what: str, shape: Size | None = None
 ) -> Tensor:
     """What part of each cell lies in an `Area`, (1, 1, *size) in [0, 1]; never 0 in all of them.
 
@@ -180,9 +172,8 @@ def numbered(path: str | Path, count: int) -> list[Path]:
         InputError: see `check_writable`.
     """
     path = check_writable(path)
-    if count == 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    several = [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    return several if count > 1 else [path]
 
 
 def check_folder(path: Path) -> Path:
@@ -207,18 +198,12 @@ def save_picture(picture: Image.Image, path: str | Path, run: str = "") -> Path:
     Raises:
         InputError: the ending names no format, or the place cannot be written.
     """
-    path = check_writable(path)
-    format = Image.registered_extensions()[path.suffix.lower()]
-    options = {"pnginfo": _text(run)} if run and format == "PNG" else {}
+    path, info = check_writable(path), PngInfo()
+    if run:
+        info.add_itxt(KEY, run)
     with whole_file(path) as part:
-        picture.save(part, format=format, **options)
+        picture.save(part, pnginfo=info)
     return path
-
-
-def _text(run: str) -> PngInfo:
-    info = PngInfo()
-    info.add_itxt(KEY, run)
-    return info
 
 
 @contextlib.contextmanager
@@ -247,16 +232,14 @@ def read_run(path: str | Path) -> str:
         InputError: not a PNG, one of more than 32 megapixels, or no run in it, or one of more than
             256,000 characters.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # among others of size, for which the limit is ours
-            with Image.open(path, formats=("PNG",)) as picture:
-                pixels, text = picture.width * picture.height, picture.info.get(KEY)
+    try:  # a warning would be of its size, for which the limit is ours
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as png:
+            pixels, text = math.prod(png.size), png.info.get(KEY)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path}, expected a PNG picture: {error}") from None
     if pixels > PIXELS:
         raise InputError(
-            f"{path} has {pixels / 1e6:.0f} megapixels; pilotfish reads at most {PIXELS / 1e6:.0f}"
+            f"{path} has {pixels // 10**6} megapixels; at most {PIXELS} pixels are read"
         )
     if text is None:
         raise InputError(
@@ -264,9 +247,7 @@ def read_run(path: str | Path) -> str:
             "program has rewritten it"
         )
     if len(text) > LENGTH:
-        raise InputError(
-            f"{path} holds a run of {len(text)} characters; pilotfish reads at most {LENGTH}"
-        )
+        raise InputError(f"{path} holds a run of {len(text)} characters; at most {LENGTH} are read")
     return str(text)
 
 

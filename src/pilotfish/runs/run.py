@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,55 +17,50 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from ..errors import InputError, PilotfishError, explain, in_utf8, unknown
 from ..guidance.presets import PRESETS, find_preset
 
-# What other programs call it, or what it is here.
-ELSEWHERE = {
-    "num_inference_steps": "steps",
-    "generator": "seed",
-    "num_images_per_prompt": "num_images",
-    "cfg_scale": "guidance_scale",
-    "cfg": "guidance_scale",
-    "sampler": "scheduler",
-    "sampler_name": "scheduler",
-    "plugin": "plugins",
-    "guides": "plugins",
-    "callback": "stream, a method of the sampler that gives every step",
-    "callback_on_step_end": "stream, a method of the sampler that gives every step",
-    "guidance_rescale": "the plugin cfg-rescale",
-    "image": "the plugin img2img",
-    "strength": "the plugin img2img",
-    "mask_image": "the plugin inpaint",
-    "output_type": "result.images and result.latents",
+_CALLED = {  # what it is here, and what other programs call it
+    "steps": "num_inference_steps",
+    "seed": "generator",
+    "num_images": "num_images_per_prompt",
+    "guidance_scale": "cfg_scale cfg",
+    "scheduler": "sampler sampler_name",
+    "plugins": "plugin guides",
+    "stream, a method of the sampler that gives every step": "callback callback_on_step_end",
+    "the plugin cfg-rescale": "guidance_rescale",
+    "the plugin img2img": "image strength",
+    "the plugin inpaint": "mask_image",
+    "result.images and result.latents": "output_type",
 }
+ELSEWHERE = {other: here for here, others in _CALLED.items() for other in others.split()}
+OPEN = ("steps", "guidance_scale", "scheduler", "height", "width")  # None is the model's own
 
 
-def _whole(least: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"a whole number >= {least}")
+def _must_be(expected: str, holds: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A validator that refuses a value by saying what it must be."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not holds(value):
+            raise ValueError(expected)
         return value
 
     return check
+
+
+def _whole(least: int) -> Callable[[Any], Any]:
+    return _must_be(f"a whole number >= {least}", lambda v: isinstance(v, int) and v >= least)
 
 
 def _drawn(seed: Any) -> Any:
     return secrets.randbelow(2**32) if seed is None else seed
 
 
-def _decoder(value: Any) -> Any:
-    kind, colon, place = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if kind not in ("vae", "tiny", "linear") or (colon and (kind != "tiny" or not place)):
-        raise ValueError(
-            "vae, linear, tiny (the tiny_vae/ of the model's folder) or tiny:FOLDER_OR_HUB_ID"
-        )
-    return value
-
-
-def _finite(value: Any) -> Any:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e300:
-        raise ValueError("a finite number >= 0 (1.0 switches guidance off)")
-    return value
-
-
+_finite = _must_be(
+    "a finite number >= 0 (1.0 switches guidance off)",
+    lambda v: isinstance(v, int | float) and 0 <= v < 1e300,
+)
+_decoder = _must_be(
+    "vae, linear, tiny (the tiny_vae/ of the model's folder) or tiny:FOLDER_OR_HUB_ID",
+    lambda v: isinstance(v, str) and re.fullmatch("(?s)vae|linear|tiny(:.+)?", v),
+)
 MODELS = "the model's"
 Count = Annotated[int, BeforeValidator(_whole(1))]
 
@@ -96,11 +92,7 @@ class Run(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(
-        frozen=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        validate_default=True,
-        protected_namespaces=(),
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
     )
 
     prompt: str = _key("", "what the picture shows")
@@ -183,10 +175,8 @@ class Run(pydantic.BaseModel):
 
     def resolved(self, model: Any, plugins: tuple[Mapping[str, Any], ...]) -> Run:
         """The run with everything resolved that the user left open."""
-        given = {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
-        given |= {"height": self.height, "width": self.width}
-        own = {key: getattr(model.defaults, key) for key, value in given.items() if value is None}
-        found = {**given, **own}
+        found = {key: getattr(self, key) for key in OPEN}
+        found |= {key: getattr(model.defaults, key) for key in OPEN if found[key] is None}
         found["scheduler"] = model.describe_scheduler(found["scheduler"])
         model.latent_shape(found["height"], found["width"])
         dtype = str(model.dtype).removeprefix("torch.")
@@ -200,13 +190,11 @@ class Run(pydantic.BaseModel):
             PilotfishError: a plugin was made in this program and has no name to find it by, or a
                 path in it is no UTF-8.
         """
-        for table in self.plugins:
-            if not table["use"]:
-                raise PilotfishError(
-                    f"plugin {table['name']!r} was defined in this session, so this run cannot be "
-                    "repeated from a file; write the plugin as a class in a file and use it as "
-                    "'file.py:Class'"
-                )
+        if unnamed := [table["name"] for table in self.plugins if not table["use"]]:
+            raise PilotfishError(
+                f"plugin {unnamed[0]!r} was defined in this session, so no file can hold this run; "
+                "write it as a class in a file and use it as 'file.py:Class'"
+            )
         preset = find_preset(self.preset)
         content = {
             "pilotfish": version("pilotfish"),
@@ -256,11 +244,8 @@ class Run(pydantic.BaseModel):
         return cls.parse(text, str(path))
 
 
-KEYS = {
-    name: field
-    for name, field in Run.model_fields.items()
-    if name not in ("plugins", "model_id", "dtype")
-}
+FOUND = ("plugins", "model_id", "dtype")
+KEYS = {name: field for name, field in Run.model_fields.items() if name not in FOUND}
 """What a user may say of a run, beside its plugins and its model."""
 
 
@@ -284,8 +269,5 @@ def unknown_key(kind: str, name: str, choices: Iterable[str]) -> InputError:
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no null: what is not there is the default."""
-    return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in table.items()
-        if value is not None
-    }
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in kept.items()}

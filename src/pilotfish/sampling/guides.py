@@ -10,17 +10,8 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
 from ..guidance import clock, moves
-from ..guidance.gradients import (
-    End,
-    Leaves,
-    LossFault,
-    Pull,
-    SharedGraph,
-    all_finite,
-    averaged,
-    cosines,
-    leaf_gradients,
-)
+from ..guidance.gradients import End, LossFault, Pull, all_finite, averaged, cosines, leaf_gradients
+from ..guidance.graph import Leaves, SharedGraph
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
 from ..hooks.plugin import Guide

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PilotfishError
-from ..guidance.gradients import Leaves
+from ..guidance.graph import Leaves
 from ..guidance.noise import CLEAN, NoiseLevel, at_least_float32
 from ..models.protocol import Conditioning
 from ..runs import pictures as images

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..guidance.gradients import Leaves, SharedGraph
+from ..guidance.graph import Leaves, SharedGraph
 from ..guidance.noise import NoiseLevel
 from ..models.protocol import Conditioning
 from ..models.torchvision import mend_torchvision

@@ -13,7 +13,7 @@ from ..hooks.plugin import Plugin
 from ..hooks.registry import Entry, use_of
 from ..hooks.stack import by_name
 from ..hooks.use import parse_use, parse_value
-from .run import KEYS, unknown_key
+from ..runs.run import KEYS, unknown_key
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
 TEXT_KEYS = {
