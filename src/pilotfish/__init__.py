@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     )
     from .runs.run import Run
     from .sampling.sampler import Result, Sampler, Stream
-    from .sampling.schedule import Schedule
-    from .sampling.start import Start
+    from .sampling.schedule import Schedule, Start
     from .sampling.step import Step
     from .sampling.trace import Record, Trace
 
@@ -100,7 +99,7 @@ _LAZY = {
     "Run": "runs.run",
     "Sampler": "sampling.sampler",
     "Schedule": "sampling.schedule",
-    "Start": "sampling.start",
+    "Start": "sampling.schedule",
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",

@@ -47,21 +47,27 @@ class StableDiffusion:
     guidance = frozenset({"cfg"})
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:
+        self._pipeline, self.id = pipeline, id
+        # None where the pipeline was put together in Python.
+        origin = getattr(pipeline, "name_or_path", None)
+        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
+        self._made: dict[Any, Any] = {}  # from these networks, for all runs
+        self._read()
+
+    def _read(self) -> None:
+        """Take the pipeline's parts as they are now."""
+        pipeline = self._pipeline
         if problem := _problem(pipeline):
             raise ModelError(problem)
-        self._pipeline, self.id = pipeline, id
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler = pipeline.scheduler
-        origin = pipeline.name_or_path  # None where the pipeline was put together in Python
-        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
         self.device = torch.device(pipeline._execution_device)
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)
         side = self.unet.config.sample_size
         sides = (side, side) if isinstance(side, int) else side
         self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
-        self._made: dict[Any, Any] = {}  # from these networks, for all runs
         self._set_encoder()
 
     def _set_encoder(self) -> None:
@@ -197,8 +203,8 @@ class StableDiffusion:
 
     def differentiable(self, checkpointing: str, again: Again = nullcontext) -> StableDiffusion:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
-        model = type(self)(self._pipeline, self.id)
-        model._made = self._made
+        model = copy.copy(self)
+        model._read()
         model.unet, model.vae = own_copy(model.unet), own_copy(model.vae)
         model.text_encoder = own_copy(model.text_encoder)
         model._set_encoder()

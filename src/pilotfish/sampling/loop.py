@@ -21,8 +21,7 @@ from .guides import Guides
 from .network import Network
 from .outside import Outside
 from .prompts import Prompts
-from .schedule import Schedule
-from .start import Start
+from .schedule import Schedule, Start
 from .step import Step, StepState
 from .trace import Trace
 
