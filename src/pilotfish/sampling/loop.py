@@ -42,7 +42,7 @@ class Sampling:
 
     def __init__(self, model: LatentDiffusion, run: Run, stack: Stack) -> None:
         self.stack, self.trace = stack, Trace()
-        self.again = lambda other: Sampling(model, run, other)
+        self.again: Callable[[Stack], Sampling] = lambda other: Sampling(model, run, other)
         self.network = Network(model, run.checkpointing, stack)
         self.model = self.network.model
         self.described = run.resolved(self.model, stack.tables())
