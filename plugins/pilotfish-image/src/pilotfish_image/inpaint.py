@@ -56,39 +56,30 @@ class Inpaint(Plugin):
                 "0 <= top < bottom <= 1"
             )
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._scenes: dict[int, Scene] = {}  # by run: one plugin may serve several at a time
-
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Scene:
         height, width = cast("tuple[int, int]", (run.height, run.width))  # known in a run
         picture = read_picture(self.settings.image, "Inpaint: image")
         fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
         image = pixels(fitted)  # (1, 3, 8H, 8W)
         known = run.model.encode(image).float()  # (1, C, H, W)
         drawn = drawn_part(self.settings.mask, picture.size, known.shape[2:])
-        self._scenes[id(run)] = Scene(image.to(known.device), known, drawn.to(known))
+        return Scene(image.to(known.device), known, drawn.to(known))
 
-    def teardown(self, run: Run) -> None:
-        self._scenes.pop(id(run), None)
-
-    def before_step(self, step: Step) -> Tensor | None:
-        scene, latents = self._scenes[id(step.run)], step.latents
-        if scene.begun:
+    def before_step(self, step: Step, state: Scene) -> Tensor | None:
+        if state.begun:
             return None
-        scene.begun = True
-        noise = draw(latents.shape, step.generator, scene.known.dtype).to(latents.device)
-        noisy = (step.alpha * scene.known + step.sigma * noise).to(latents.dtype)
+        state.begun, latents = True, step.latents
+        noise = draw(latents.shape, step.generator, state.known.dtype).to(latents.device)
+        noisy = (step.alpha * state.known + step.sigma * noise).to(latents.dtype)
         # One or the other: a mixture of two noises would be less than one.
-        return torch.where(scene.drawn > 0.5, latents, noisy)
+        return torch.where(state.drawn > 0.5, latents, noisy)
 
-    def on_predicted_x0(self, x0: Tensor, step: Step) -> Tensor:
-        return self._scenes[id(step.run)].around(x0)
+    def on_predicted_x0(self, x0: Tensor, state: Scene) -> Tensor:
+        return state.around(x0)
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, state: Scene) -> None:
         if step.last:
-            scene = self._scenes[id(step.run)]
-            step.stop(scene.corrected(scene.result(step.x0), step.run.model))
+            step.stop(state.corrected(state.result(step.x0), step.run.model))
 
 
 @dataclass

@@ -63,11 +63,7 @@ class Reference(Guide):
                 )
             return left, top, right, bottom
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._targets: dict[int, Target] = {}  # by run: one guide may serve several at a time
-
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Target:
         settings, model = self.settings, run.model
         size = cast("tuple[int, int]", (run.height, run.width))  # known once a run is set up
         picture = read_picture(settings.image, "Reference: image", size=size)
@@ -75,14 +71,11 @@ class Reference(Guide):
         if settings.space == "latent":
             content = model.encode(content).float()
         weights = region_weights(settings.region, size, (content.shape[2], content.shape[3]))
-        self._targets[id(run)] = Target(content, weights.to(content), settings.cutoff)
+        return Target(content, weights.to(content), settings.cutoff)
 
-    def teardown(self, run: Run) -> None:
-        self._targets.pop(id(run), None)
-
-    def loss_guidance(self, step: Step) -> Tensor:
+    def loss_guidance(self, step: Step, state: Target) -> Tensor:
         seen = step.x0 if self.settings.space == "latent" else step.image
-        return self._targets[id(step.run)].distance(seen)
+        return state.distance(seen)
 
 
 @dataclass(frozen=True)
