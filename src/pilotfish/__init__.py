@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         whole_file,
     )
     from .runs.run import Run
+    from .sampling.outside import keep_outside
     from .sampling.sampler import Result, Sampler, Stream
     from .sampling.schedule import Schedule, Start
     from .sampling.step import Step
@@ -79,6 +80,7 @@ __all__ = [
     "guide",
     "hookimpl",
     "is_finite",
+    "keep_outside",
     "load",
     "make_plugin",
     "mend_torchvision",
@@ -111,6 +113,7 @@ _LAZY = {
     "at_least_float32": "guidance.noise",
     "draw": "guidance.noise",
     "is_finite": "runs.pictures",
+    "keep_outside": "sampling.outside",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",
