@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,17 @@ from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
 from .clip_text import ClipText
 from .copies import offload_hook, own_copy
-from .protocol import Again, Conditioning, Defaults, Embedding, Generators, Role, Site
+from .protocol import (
+    Again,
+    Conditioning,
+    Defaults,
+    Embedding,
+    Generators,
+    LatentDiffusion,
+    Role,
+    Site,
+    TextEncoder,
+)
 from .schedulers import diffusers
 
 TAKES = "pilotfish takes Stable Diffusion 1.x and 2.x"
@@ -72,7 +82,7 @@ class StableDiffusion:
 
     def _set_encoder(self) -> None:
         clip = ClipText("text_encoder", self.tokenizer, self.text_encoder, self._spell)
-        self.text_encoders = (clip,)
+        self.text_encoders: Sequence[TextEncoder] = (clip,)
 
     def _spell(self, prompt: str) -> str:
         """Write out words of several vectors that the pipeline has loaded."""
@@ -272,3 +282,10 @@ def _problem(pipeline: Any) -> str | None:
 
 def _width(encoder: Any) -> int:
     return int(encoder.get_input_embeddings().weight.shape[1])
+
+
+if TYPE_CHECKING:
+
+    def _held(model: StableDiffusion) -> LatentDiffusion:
+        """To the protocol, by mypy."""
+        return model
