@@ -79,7 +79,8 @@ class Schedule:
         generators = [torch.Generator().manual_seed(0)]
         try:
             for index, timestep in enumerate(self.timesteps):
-                ahead.scale_model_input(latents, timestep)
+                if hasattr(ahead, "scale_model_input"):
+                    ahead.scale_model_input(latents, timestep)
                 levels.append(noise_level(ahead, index))
                 latents = self._step(ahead, latents, timestep, latents, generators)
         except PilotfishError:
@@ -126,7 +127,7 @@ class Schedule:
 
     def as_used(self, x0: Tensor) -> Tensor:
         """Predicted clean latents as the scheduler uses them: clipped where it clips."""
-        config = self._scheduler.config
+        config = _own_config(self._scheduler)
         if config.get("thresholding"):
             x0 = self._scheduler._threshold_sample(x0)
         elif config.get("clip_sample"):
@@ -282,9 +283,16 @@ def _stage_sigma(scheduler: Any, index: int) -> float:
 
 def _is_flow(scheduler: Any) -> bool:
     """Whether the latents are a straight line from x0 to noise."""
-    if scheduler.config.get("use_flow_sigmas", False):
+    config = _own_config(scheduler)
+    if config.get("use_flow_sigmas", False):
         return True
-    return not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
+    return not hasattr(scheduler, "alphas_cumprod") and "shift" in config
+
+
+def _own_config(scheduler: Any) -> dict[str, Any]:
+    """What the scheduler itself goes by: diffusers also keeps what its model's own one takes."""
+    takes = inspect.signature(type(scheduler)).parameters
+    return {key: value for key, value in scheduler.config.items() if key in takes}
 
 
 def _edm(sigma: float, sigma_data: float, prediction_type: str) -> tuple[float, float]:
