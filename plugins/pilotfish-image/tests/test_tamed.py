@@ -99,10 +99,18 @@ def test_thresholds_gradient_is_the_derivative_with_the_size_held():
 # ---- cfg-rescale ----
 
 
+CLASSES = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpmsolver-multistep": diffusers.DPMSolverMultistepScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+}
+
+
 def theirs(pipeline, scheduler, rescale, **options):
-    ours = Sampler.from_pipeline(pipeline).model.new_scheduler(scheduler)
+    made = CLASSES[scheduler].from_config(pipeline.scheduler.config)  # which does not clip
     pipe = diffusers.StableDiffusionPipeline(
-        **{**pipeline.components, "scheduler": ours}, requires_safety_checker=False
+        **{**pipeline.components, "scheduler": made}, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe(
