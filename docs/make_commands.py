@@ -46,15 +46,15 @@ def added() -> Iterator[tuple[str, str]]:
 
 def added_paths(name: str) -> Iterator[list[str]]:
     """The paths of an added command, and of those in it."""
-    return paths(load_command(name), [name])
+    return paths(load_command(name), name.split("."))
 
 
 def paths(command: click.Command, path: list[str]) -> Iterator[list[str]]:
-    """The words that call a command, and each command in it; of the program only its own."""
+    """The words that call a command, and each command in it; not those that packages add."""
     yield path
     if isinstance(command, click.Group):
         context = click.Context(command)
-        for name in command.list_commands(context) if path else OWN:
+        for name in sorted(command.commands) if path else OWN:
             if found := command.get_command(context, name):
                 yield from paths(found, [*path, name])
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pilotfish import Guide
-from pilotfish.cli.listing import docstring_summary, hooks_of, setting_rows
+from pilotfish.cli.listing import docstring_summary, setting_rows
+from pilotfish.hooks.plugin import implemented
 from pilotfish.hooks.registry import COMMAND_GROUP, MODEL_GROUP, PLUGIN_GROUP, load_class
 
 FILE = Path(__file__).with_name("shipped.md")
@@ -57,7 +58,7 @@ def plugins(project: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for each plugin of a package."""
     for name in entry_points(project, PLUGIN_GROUP):
         plugin = load_class(name)
-        hooks = [hook for hook in hooks_of(plugin) if hook not in ROUTINE]
+        hooks = [hook for hook in implemented(plugin) if hook not in ROUTINE]
         links = ", ".join(f"[`{hook}`](hooks.md#{hook})" for hook in hooks)
         yield f"`{name}`", docstring_summary(plugin), links, link(project)
 
@@ -66,7 +67,7 @@ def offers(project: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """A row for each model and each command of a package."""
     for group, what in ((MODEL_GROUP, "model"), (COMMAND_GROUP, "command")):
         for name in entry_points(project, group):
-            yield f"`{name}`", what, link(project)
+            yield f"`{name.replace('.', ' ')}`", what, link(project)
 
 
 def entry_points(project: dict[str, Any], group: str) -> Iterable[str]:

@@ -1,10 +1,12 @@
 """The command line, from the outside."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import EntryPoint
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import click
@@ -12,13 +14,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from pilotfish import Guide, Plugin, Setting, hookimpl
-from pilotfish.cli import dry_run, listing, main
-from pilotfish.cli.program import OWN
+from pilotfish import Guide, Setting, hookimpl
+from pilotfish.cli import listing, main
+from pilotfish.cli.program import OWN, PACKAGES
 from pilotfish.cli.report import latest_losses
 from pilotfish.hooks import registry
 from pilotfish.hooks.stack import Stack
-from pilotfish.runs.run import Run
+from pilotfish.runs.run import KEYS
 from pilotfish.sampling.trace import Record, Trace
 
 MY_LOSS = '''
@@ -92,8 +94,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_loss.py").write_text(MY_LOSS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")  # so that no line is wrapped where a test looks
-    monkeypatch.setattr(registry, "_entry_points", lambda group: ())
+    monkeypatch.setattr(registry, "_entry_points", only())
     return tmp_path
+
+
+FAMILIES = tuple(entry_points(group=registry.FAMILY_GROUP))
+
+
+def only(*entries: EntryPoint) -> Callable[[str], tuple[EntryPoint, ...]]:
+    """Nothing is installed but these and the model families."""
+    return lambda group: tuple(e for e in (*FAMILIES, *entries) if e.group == group)
 
 
 def call(*arguments: str) -> Result:
@@ -114,9 +124,7 @@ def install(
     monkeypatch: pytest.MonkeyPatch, group: str = registry.PLUGIN_GROUP, **targets: str
 ) -> None:
     entries = [EntryPoint(n.rstrip("_"), t, group) for n, t in targets.items()]
-    monkeypatch.setattr(
-        registry, "_entry_points", lambda g: tuple(e for e in entries if e.group == g)
-    )
+    monkeypatch.setattr(registry, "_entry_points", only(*entries))
 
 
 def test_help_and_plugins_list_load_neither_torch_nor_diffusers() -> None:
@@ -132,10 +140,13 @@ def test_help_and_plugins_list_load_neither_torch_nor_diffusers() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_installed_command_knows_its_version() -> None:
-    program = Path(sys.executable).with_name("pilotfish")
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=100)
-    assert done.stdout.startswith("pilotfish, version ")
+@pytest.mark.parametrize("module", [False, True])
+def test_the_installed_command_and_the_module_are_one_program(module: bool) -> None:
+    own = [str(Path(sys.executable).with_name("pilotfish"))]
+    words = [sys.executable, "-m", "pilotfish"] if module else own
+    done = subprocess.run([*words, "stpes"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: pilotfish [OPTIONS]")
 
 
 # ---- generate ----
@@ -213,13 +224,67 @@ def test_options_override_changes_which_override_the_run_file(model: str) -> Non
     assert isinstance(run, dict) and isinstance(plugins, list)
     assert (run["steps"], run["seed"], run["guidance_scale"], run["prompt"]) == (20, 9, 3, "12")
     assert [p["settings"] for p in plugins] == [{"scale": 40.0}, {}, {"every": 5}]
-    assert (answer["scheduler"], answer["num_steps"]) == ("heun", 39)
+    assert (run["scheduler"], answer["num_steps"]) == ("heun", 39)
 
 
 def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
     plugins = planned(model, "--use", "./my_loss.py:Prepared")["plugins"]
     assert isinstance(plugins, list)
     assert [p["name"] for p in plugins] == ["Prepared"]
+
+
+def test_each_key_of_a_run_is_an_option_with_its_own_help() -> None:
+    options = {p.name: p for p in main.get_command(None, "generate").params}  # type: ignore[arg-type, union-attr]
+    for key, field in KEYS.items():
+        if key not in ("prompt", "height", "width"):
+            told = options[key].help  # type: ignore[attr-defined]
+            assert told.lower().startswith(str(field.description).lower())
+    text = " ".join(call("generate", "--help").stdout.split())
+    assert "Sampling steps. [default: the model's]" in text
+    assert "run as one batch. [default: 1]" in text
+    assert "--on-error raise|skip|disable" in text
+
+
+def test_an_option_takes_what_a_run_file_takes_and_text_keeps_its_quotes(model: str) -> None:
+    answer = planned(
+        model,
+        *("--scheduler", "{name='euler', use_karras_sigmas=true}", "--guidance-scale", "3"),
+        *("--negative-prompt", "'red' = 3", "--size", "48x32", "--num-images", "2"),
+    )
+    run = answer["run"]
+    assert isinstance(run, dict)
+    assert run["scheduler"] == {"name": "euler", "use_karras_sigmas": True}
+    assert (run["guidance_scale"], run["negative_prompt"]) == (3, "'red' = 3")
+    assert (run["width"], run["height"], run["num_images"]) == (48, 32, 2)
+
+
+# ---- warnings ----
+
+
+@pytest.mark.filterwarnings("default::pilotfish.GuideWarning")
+def test_an_idle_guide_is_one_line_on_stderr_and_a_remark_for_programs(model: str) -> None:
+    done = generate(model, "--use", "./my_loss.py:Cheap:start=0.9", "--json")
+    remark = "'Cheap' never gave a loss: no step lies in its window, or it was None"
+    assert done.stderr.splitlines().count(f"warning: {remark}") == 1
+    assert ".py" not in done.stderr
+    assert json.loads(done.stdout)["remarks"] == [remark]
+
+
+@pytest.mark.filterwarnings("default:the prompt is")
+def test_a_prompt_that_is_too_long_is_told_on_one_line(model: str) -> None:
+    done = call("generate", "a red cat " * 40, "--model", model, "--steps", "1")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert "the prompt is 120 tokens long" in line and ".py" not in done.stderr
+
+
+def test_what_leaks_out_of_a_mask_is_told(model: str) -> None:
+    use = ("--use", "./my_loss.py:Warmth:mask=[0,0,1,0.5]", "--use", "./my_loss.py:Cheap")
+    answer = json.loads(generate(model, *use, "--json").stdout)["guides"]
+    assert 0 < answer["Warmth"]["outside"] < 1 and answer["Cheap"]["outside"] is None
+    assert (
+        f"{answer['Warmth']['outside']:.1%} of the moves at its steps"
+        in generate(model, *use).stdout
+    )
 
 
 # ---- the user's own mistakes ----
@@ -244,6 +309,12 @@ def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
         ("-s rhoo=2", "no key called 'rhoo'. Did you mean 'rho'?"),
         ("--preset tfg -s rho=-2", "preset 'tfg': rho must be greater than or equal to 0; got"),
         ("-s steps=many", "steps must be a whole number >= 1; got 'many'"),
+        ("--steps many", "steps must be a whole number >= 1; got 'many'"),
+        ("--size 512", "size must be WIDTHxHEIGHT, such as 512x512; got '512'"),
+        ("--size 0x512", "width must be a whole number >= 1; got 0"),
+        ("--checkpointing maybe", "checkpointing must be 'auto', 'on' or 'off'; got 'maybe'"),
+        ("-s num_inference_steps=3", "no key called 'num_inference_steps'; here it is steps"),
+        ("--run theirs.toml", "theirs.toml: no key called 'cfg_scale'; here it is guidance_scale"),
         ("-s plugins.scale=3", "a change is plugins.NAME.SETTING=VALUE; got"),
         ("--use ./my_loss.py:Warmth -s plugins.warm.scale=3", "Did you mean 'Warmth'?"),
         ("--model ./nothing", "no model folder ./nothing"),
@@ -254,6 +325,7 @@ def test_use_stands_instead_of_the_run_files_plugins(model: str) -> None:
 )
 def test_a_mistake_gives_one_line_that_helps(model: str, arguments: str, words: str) -> None:
     own = () if "--model" in arguments else ("--model", model)
+    Path("theirs.toml").write_text("cfg_scale = 3")
     done = call("generate", "--dry-run", *own, *arguments.split())
     assert done.exit_code == 1
     assert words in done.stderr
@@ -278,10 +350,12 @@ def test_an_ending_that_no_picture_has_is_found_before_the_run() -> None:
     ("arguments", "words"),
     [
         ("genrate", "Did you mean 'generate'? Available: "),
-        ("plugins shwo", "Did you mean 'show'? Available: check, list, new, show"),
+        ("plugins shwo", "Did you mean 'show'? Available: list, show"),
         ("generate --stpes 3", "--steps"),
-        ("generate --size 512", "expected WIDTHxHEIGHT such as 512x512; got '512'"),
-        ("generate --checkpointing maybe", "'auto', 'on', 'off'"),
+        ("generate --cfg-scale 3", "no option --cfg-scale; it is --guidance-scale"),
+        ("generate --num_inference_steps=3", "no option --num_inference_steps; it is --steps"),
+        ("generate --width 512", "no option --width; it is --size"),
+        ("generate --plugin blue", "no option --plugin; it is --use"),
     ],
 )
 def test_wrong_usage_has_exit_code_two_and_a_hint(arguments: str, words: str) -> None:
@@ -322,17 +396,43 @@ def test_a_dry_run_explains_the_stack_in_order_and_loads_no_weights(
     first, second, third, fourth = (
         done.stdout[a:b] for a, b in zip(positions, [*positions[1:], None], strict=True)
     )
-    assert "1. Cheap" in first and "steps 25-49 (25 of 50)" in first
-    assert "nothing (no decode, no UNet gradient)" in first
-    assert "2. Warmth" in second and "steps 0-45 every 5 (10 of 50)" in second
-    assert "decode, UNet gradient" in second and "every=5" in second
-    assert "setup" in third and "not known before it runs" in third
+    assert "1. Cheap" in first and "25 of 50 steps, 25 to 49" in first
+    assert "2. Warmth" in second and "10 of 50 steps, 0 to 45" in second
+    assert "settings  every=5, gradient='latents'" in second
+    assert "hooks     setup, loss_guidance" in third
     assert "4. Cheap#2" in fourth and "never: its scale is 0" in fourth
+
+
+def test_a_dry_run_knows_the_steps_that_the_models_folder_asks_for(model: str) -> None:
+    folder = Path(shutil.copytree(model, "own"))
+    (folder / "pilotfish.toml").write_text("steps = 10\nguidance_scale = 4\nheight = 48\n")
+    use = ("--use", "./my_loss.py:Cheap:every=5", "-s", "guidance_scale=0")
+    answer = json.loads(
+        call("generate", "--model", str(folder), "--dry-run", "--json", *use).stdout
+    )
+    run, (guide,) = answer["run"], answer["plugins"]
+    assert (run["steps"], run["guidance_scale"], run["height"], run["width"]) == (10, 0, 48, None)
+    assert guide["acts"] == "2 of 10 steps, 0 to 5"
+
+
+def test_a_dry_run_of_a_model_elsewhere_tells_what_is_known_and_asks_nobody() -> None:
+    arguments = ("generate", "--model", "some/model", "--use", "./my_loss.py:Cheap", "--dry-run")
+    text = call(*arguments).stdout
+    assert "steps           the model's\n" in text and "acts      as its settings say\n" in text
+    assert "Did you mean 'euler'?" in call(*arguments, "--scheduler", "eular").stderr
+
+
+def test_a_dry_run_refuses_a_family_that_nobody_takes(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_entry_points", lambda group: ())
+    done = generate(model, "--dry-run")
+    assert "is a StableDiffusionPipeline, and no model family here takes that" in done.stderr
 
 
 def test_a_dry_run_takes_the_models_own_scheduler_where_its_folder_is_here(model: str) -> None:
     answer = json.loads(generate(model, "--dry-run", "--json").stdout)
-    assert (answer["scheduler"], answer["num_steps"]) == ("ddim", 3)
+    assert (answer["run"]["scheduler"], answer["num_steps"]) == ("ddim", 3)
 
 
 def test_one_knob_of_a_preset_can_be_changed(model: str) -> None:
@@ -343,40 +443,13 @@ def test_one_knob_of_a_preset_can_be_changed(model: str) -> None:
 
 def test_a_cheaper_decoder_is_told_of_before_and_after_the_run(model: str) -> None:
     arguments = ("--use", "./my_loss.py:Warmth", "--decoder", "linear")
-    assert "decoder  linear" in generate(model, *arguments, "--dry-run").stdout
+    assert "decoder         linear" in generate(model, *arguments, "--dry-run").stdout
     done = generate(model, *arguments, "--save-run", "run.toml")
     assert "(3 steps); " in done.stdout and " by the VAE" in done.stdout
     assert tomllib.loads(Path("run.toml").read_text())["decoder"] == "linear"
     again = json.loads(generate(model, "--run", "run.toml", "-s", "decoder=vae", "--json").stdout)
     assert again["guides"]["Warmth"]["final_loss"] is None
     assert again["run"]["decoder"] == "vae"
-
-
-def test_the_gradient_of_a_guide_comes_from_its_settings_then_from_the_preset() -> None:
-    stack = Stack(["./my_loss.py:Cheap", "./my_loss.py:Cheap:gradient=latents"])
-    needs = [dry_run.needs_of(stack, Run(), name, 50) for name, _ in stack]
-    assert [n.unet_gradient for n in needs] == [False, True]
-
-
-def test_plugins_without_a_loss_need_no_gradient() -> None:
-    class Words(Plugin):
-        def prompt_transform(self, prompt: str) -> str:
-            return prompt
-
-    class Look(Plugin):
-        def after_step(self, step: object) -> None: ...
-
-    stack = Stack([Words(), Look()])
-    words, look = (dry_run.needs_of(stack, Run(), name, 50) for name, _ in stack)
-    assert (words.decode, words.unet_gradient) == (False, False)
-    assert (look.decode, look.unet_gradient) == (None, False)
-
-
-@pytest.mark.parametrize(
-    ("steps", "text"), [([7], "7"), ([3, 4, 5], "3-5"), ([0, 5, 10], "0-10 every 5")]
-)
-def test_steps_are_told_in_few_words(steps: list[int], text: str) -> None:
-    assert dry_run.compressed(steps) == text
 
 
 def test_the_progress_bar_shows_each_guides_latest_loss() -> None:
@@ -468,7 +541,6 @@ def test_a_bare_class_with_hookimpl_can_be_shown() -> None:
         @hookimpl
         def after_step(self, step: object) -> None: ...
 
-    assert listing.hooks_of(Bare) == ["after_step"]
     assert listing.setting_rows(Bare)[1:] == []
     assert listing.example_settings(Bare) == {}
 
@@ -581,6 +653,37 @@ def test_a_mistyped_command_is_told_the_installed_ones_too(
     assert "greet" not in call("--help").stdout
 
 
+def test_a_package_adds_a_command_to_a_group(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    install_commands(monkeypatch, folder, **{"plugins.greet": "greetings:greet"})
+    assert call("plugins", "greet", "world", "you").stdout == "hello you\n"
+    assert call("plugins", "greet", "--debug", "world", "you").exit_code == 0
+    wrong = call("plugins", "greet", "world", "nobody")
+    assert (wrong.exit_code, wrong.stderr) == (1, "error: nobody cannot be greeted\n")
+    rows = [line.split()[0] for line in call("plugins", "--help").stdout.splitlines() if line]
+    assert rows[-3:] == ["greet", "list", "show"]
+    assert "greet" not in call("--help").stdout
+
+
+def test_no_package_can_take_the_place_of_a_group_s_own_command(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    install_commands(monkeypatch, folder, **{"plugins.list": "explosive_command:a"})
+    assert "none of them is imported" in call("plugins", "list", "--help").stdout
+
+
+@pytest.mark.parametrize("path", PACKAGES)
+def test_a_command_of_a_missing_package_names_the_package(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, path: str
+) -> None:
+    install_commands(monkeypatch, folder)
+    done = call(*path.split("."), "warmth")
+    name, package = path.replace(".", " "), PACKAGES[path]
+    assert done.stderr == (
+        f"error: the command {name!r} comes with {package}: pip install {package}\n"
+    )
+    assert done.exit_code == 1
+
+
 # ---- doctor ----
 
 
@@ -610,11 +713,18 @@ def test_doctor_is_content_with_a_healthy_installation() -> None:
     assert done.stdout.endswith("All is well.\n")
 
 
+def test_doctor_lists_the_model_families_and_finds_a_broken_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "model families\n  StableDiffusionPipeline " in call("doctor").stdout
+    install(monkeypatch, registry.FAMILY_GROUP, OtherPipeline="no_such_module:Other")
+    done = call("doctor")
+    assert done.exit_code == 1 and "there is no module 'no_such_module'" in done.stdout
+
+
 def test_doctor_finds_a_model_whose_folder_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("gone", "pilotfish.testing:WORDS", registry.MODEL_GROUP)
-    monkeypatch.setattr(
-        registry, "_entry_points", lambda g: (entry,) if g == registry.MODEL_GROUP else ()
-    )
+    monkeypatch.setattr(registry, "_entry_points", only(entry))
     done = call("doctor")
     assert done.exit_code == 1
     assert "BROKEN" in done.stdout

@@ -137,7 +137,6 @@ def test_the_trace_ends_with_each_guides_loss_on_the_finished_picture(sampler, n
         assert (record.sigma, record.share) == (0, ())
     assert result.trace.final_loss("Red") == pytest.approx(float(loss.mean()), rel=1e-5)
     assert len(result.trace.losses("Red")) == (2 if stops else 3)
-    assert result.trace.plot().axes
 
 
 def test_a_guide_that_fails_on_the_finished_picture_costs_no_picture(sampler):

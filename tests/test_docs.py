@@ -7,17 +7,19 @@ import shlex
 import sys
 from pathlib import Path
 
+import pilotfish_kit
 import pilotfish_view
 import pytest
 import yaml
 from click.testing import CliRunner
+from pilotfish_kit import CHECKS
 
 import pilotfish
 from pilotfish import Run, testing
 from pilotfish.cli import main
 from pilotfish.cli.program import OWN
 from pilotfish.hooks import specs as hookspecs
-from pilotfish.testing import CHECKS, random_sampler
+from pilotfish.testing import random_sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = {page.stem: page.read_text() for page in sorted(DOCS.glob("*.md"))}
@@ -146,7 +148,9 @@ def test_the_command_line_page_has_every_command_with_each_of_its_options():
 
 
 @pytest.mark.parametrize(
-    "module", [pilotfish, pilotfish_view, testing], ids=lambda module: module.__name__
+    "module",
+    [pilotfish, testing, pilotfish_kit, pilotfish_view],
+    ids=lambda module: module.__name__,
 )
 def test_the_python_page_has_every_public_name(module):
     told = set(re.findall(r"^::: pilotfish\S*\.(\w+)$", PAGES["python"], flags=re.M))

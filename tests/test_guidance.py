@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pilotfish import PRESETS, Guide, Sampler
-from pilotfish.guidance.gradients import Leaves, Pull, SharedGraph, leaf_gradients
+from pilotfish.guidance.gradients import Pull, leaf_gradients
+from pilotfish.guidance.graph import Leaves, SharedGraph
 from pilotfish.guidance.moves import CLEAN, Place, combine, prompt_pull
 from pilotfish.guidance.noise import NoiseLevel
 

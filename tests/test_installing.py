@@ -9,8 +9,8 @@ import venv
 from pathlib import Path
 
 import pytest
+from pilotfish_kit.new import create
 
-from pilotfish.cli.new import create
 from pilotfish.hooks.registry import LIMIT
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,8 @@ OURS = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", LIMIT)}
 
 def run(*command, code=0, **options):
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=OURS, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    done = subprocess.run(words, text=True, check=False, env=OURS, **options)
     assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -68,8 +69,8 @@ def test_plugins_come_and_go_with_their_wheels(environment, wheels, tmp_path):
         python = environment / "bin/python"
         run(python, "-m", "pip", "--disable-pip-version-check", *arguments)
 
-    def pilotfish(*arguments, code=0):
-        return run(environment / "bin/pilotfish", *arguments, code=code, cwd=tmp_path)
+    def pilotfish(*arguments, **options):
+        return run(environment / "bin/pilotfish", *arguments, cwd=tmp_path, **options)
 
     def listed():
         rows = pilotfish("plugins", "list").split("\n\n")[0].splitlines()[1:]
@@ -79,9 +80,12 @@ def test_plugins_come_and_go_with_their_wheels(environment, wheels, tmp_path):
     install = ("install", "--no-deps", "--no-index", "-q")
     pip(*install, wheels["pilotfish"])
     assert "No plugins are installed" in pilotfish("plugins", "list")
+    missing = "the command 'plugins new' comes with pilotfish-kit: pip install pilotfish-kit"
+    assert missing in pilotfish("plugins", "new", "fog", code=1, stderr=subprocess.STDOUT)
 
     pip(*install, *(wheel for name, wheel in wheels.items() if name != "pilotfish"))
     assert {"blue", "palette", "warmth", "grain"} <= listed()
+    assert "pilotfish_fog/__init__.py" in pilotfish("plugins", "new", "fog")
     use = ("--use", "blue", "--use", "warmth:target=0.3", "--steps", "2", "--seed", "1")
     pilotfish("generate", "a cat on a gray background", *use, "--out", "cat.png")
     assert (tmp_path / "cat.png").stat().st_size > 100

@@ -87,6 +87,8 @@ def test_show_prints_a_run_file_and_runs_nothing(model):
         ('[[plugins]]\nuse = "blue"\nmask = ["my_loss.py"]', "mask = 'my_loss.py' of plugin"),
         ('[[plugins]]\nuse = "clip"\ntext = {"http://a.b" = 1}', "text = 'http://a.b'"),
         ('decoder = "tiny:someone/taesd"', "decoder 'tiny:someone/taesd', a folder or a download"),
+        ('scheduler = "os:system"', "scheduler 'os:system', code outside of diffusers"),
+        ('scheduler = {name = "my_loss:Cheap"}', "scheduler 'my_loss:Cheap', code outside"),
         ('preset = "mine.toml"', "preset 'mine.toml', a file"),
         ('preset = {base = {base = "mine.toml"}}', "preset 'mine.toml', a file"),
         ("steps = 100000000", "steps = 100000000"),

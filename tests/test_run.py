@@ -213,12 +213,8 @@ def test_discovery_can_be_limited_by_the_environment(fake_installed, monkeypatch
     assert list(registry.installed()) == []
 
 
-def test_the_trace_is_plain_data_and_plots(sampler, warmth):
+def test_the_trace_is_plain_data(sampler, warmth):
     result = sampler("a cat", plugins=[warmth, warmth], steps=3, seed=0)
     assert result.trace.plugins == ["Warmth", "Warmth#2"]
     assert len(result.trace.to_dicts()) == 6
     assert len(result.trace.losses("Warmth")) == 3
-    figure = result.trace.plot()
-    assert [line.get_label() for line in figure.axes[0].lines] == result.trace.plugins
-    with pytest.raises(InputError, match="the trace is empty"):
-        sampler("a cat", steps=1).trace.plot()

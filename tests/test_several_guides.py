@@ -12,14 +12,13 @@ import torch
 from pilotfish import PRESETS, Guide, InputError, Sampler
 from pilotfish.guidance.gradients import (
     LONGER,
-    Leaves,
     Pull,
-    SharedGraph,
     cosines,
     leaf_gradients,
     rms,
     without_conflicts,
 )
+from pilotfish.guidance.graph import Leaves, SharedGraph
 from pilotfish.guidance.moves import UNIT, Place, combine
 from pilotfish.guidance.noise import NoiseLevel
 from pilotfish.guidance.presets import find_preset

@@ -15,16 +15,19 @@ from .errors import (
     SettingsError,
 )
 from .guidance.presets import PRESETS, Preset
+from .hooks.area import Area
 from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
 
 if TYPE_CHECKING:
+    from .cli.changes import changed
+    from .guidance.cutouts import cutouts
     from .guidance.noise import NoiseLevel, at_least_float32, draw
     from .hooks.use import split_values
     from .models.protocol import Embedding
     from .models.torchvision import mend_torchvision
-    from .runs.changes import changed
     from .runs.pictures import (
+        area_weights,
         check_folder,
         check_writable,
         is_finite,
@@ -35,14 +38,15 @@ if TYPE_CHECKING:
         whole_file,
     )
     from .runs.run import Run
+    from .sampling.outside import keep_outside
     from .sampling.sampler import Result, Sampler, Stream
-    from .sampling.schedule import Schedule
-    from .sampling.start import Start
+    from .sampling.schedule import Schedule, Start
     from .sampling.step import Step
     from .sampling.trace import Record, Trace
 
 __all__ = [
     "PRESETS",
+    "Area",
     "DefinitionError",
     "Embedding",
     "Guide",
@@ -66,15 +70,19 @@ __all__ = [
     "Step",
     "Stream",
     "Trace",
+    "area_weights",
     "at_least_float32",
     "changed",
     "check_folder",
     "check_writable",
+    "cutouts",
     "draw",
     "guide",
     "hookimpl",
     "is_finite",
+    "keep_outside",
     "load",
+    "make_plugin",
     "mend_torchvision",
     "pixels",
     "read_picture",
@@ -93,16 +101,19 @@ _LAZY = {
     "Run": "runs.run",
     "Sampler": "sampling.sampler",
     "Schedule": "sampling.schedule",
-    "Start": "sampling.start",
+    "Start": "sampling.schedule",
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
-    "changed": "runs.changes",
+    "area_weights": "runs.pictures",
+    "cutouts": "guidance.cutouts",
+    "changed": "cli.changes",
     "check_folder": "runs.pictures",
     "check_writable": "runs.pictures",
     "at_least_float32": "guidance.noise",
     "draw": "guidance.noise",
     "is_finite": "runs.pictures",
+    "keep_outside": "sampling.outside",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",
@@ -119,7 +130,7 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
     Args:
         model: a folder in the diffusers layout, a hub id, or an installed model's name; None is
             the emoji model that ships.
-        device: None picks CUDA, then MPS, then the CPU.
+        device: None is the accelerator that torch has here (CUDA, MPS ...), or the CPU.
         dtype: torch.float32 (None), float16 or bfloat16, or its name.
         options: passed on to `StableDiffusionPipeline.from_pretrained` (`variant`, `revision`).
 
@@ -131,6 +142,17 @@ def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options:
     from .sampling.sampler import Sampler
 
     return Sampler(loading.load(model, device=device, dtype=dtype, **options))
+
+
+def make_plugin(item: Any) -> Any:
+    """The plugin that an item of a run's `plugins` names: `"blue:scale=2"`, or a table.
+
+    Raises:
+        InputError, SettingsError, PluginError: nothing is named so, or it cannot be made.
+    """
+    from .hooks.registry import resolve
+
+    return resolve(item).plugin
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,10 @@ from pilotfish_blend import Blend, TokenBlend, TokenSwap
 from pilotfish_blend.mixing import mixed
 from pilotfish_blend.prompts import factors_at
 from pilotfish_blend.syntax import SIGNS, cut
+from pilotfish_kit import check_plugin
 
 from pilotfish import InputError, Plugin, Run, SettingsError
-from pilotfish.testing import check_plugin, random_sampler
+from pilotfish.testing import random_sampler
 
 CAT, PUPPY, SKUNK = "a red cat", "a black puppy on a white background", "a skunk, some drawing"
 

@@ -18,14 +18,13 @@ import torch
 from PIL import Image
 from pilotfish_clip import Clip, networks, spherical_distance
 from pilotfish_clip.networks import Networks, load
-from pilotfish_clip.views import cubic, cut, linear, squares
+from pilotfish_kit import check_plugin
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 import pilotfish
 from pilotfish import ModelError, SettingsError
-from pilotfish.testing import check_plugin, random_pipeline, random_sampler
+from pilotfish.testing import random_pipeline, random_sampler
 
 # cuBLAS reads it when it starts, and is not deterministic without.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -36,7 +35,6 @@ VISION = {
 }
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
 LOOKS = {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.2, 0.25]}
-KERNELS = {"bicubic": cubic, "bilinear": linear}
 
 
 @pytest.fixture(scope="module")
@@ -130,66 +128,6 @@ def test_distance_and_gradient_are_finite_for_equal_and_opposite_vectors(turn):
 # ---- what CLIP is shown ----
 
 
-@pytest.mark.parametrize("mode", KERNELS)
-@pytest.mark.parametrize("size", [(32, 32), (13, 90), (40, 48), (7, 5)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_resizing_equals_antialiased_interpolate(mode, size, dtype):
-    images = random_images(2).to(dtype)
-    expected = interpolate(images, size, mode=mode, antialias=True)
-    (ours,) = cut(images, size, KERNELS[mode], 0, []).unbind(1)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("mode", KERNELS)
-def test_cutouts_equal_interpolate_of_the_cut_piece(mode):
-    image = random_images()
-    views = cut(image, (32, 24), KERNELS[mode], 5, generators(3))[0]
-    windows = squares(40, 48, 5, generators(3)[0]).int().tolist()
-    for view, (top, left, height, width) in zip(views[1:], windows, strict=True):
-        piece = image[..., top : top + height, left : left + width]
-        expected = interpolate(piece, (32, 24), mode=mode, antialias=True)
-        torch.testing.assert_close(view, expected[0], atol=1e-5, rtol=0)
-
-
-def test_squares_lie_inside_and_reach_from_half_to_the_whole_and_to_every_border():
-    top, left, height, width = squares(40, 48, 20_000, generators(0)[0]).unbind(1)
-    assert (height == width).all()
-    assert (height.min(), height.max()) == (21, 40)
-    assert (top.min(), (top + height).max()) == (0, 40)
-    assert (left.min(), (left + width).max()) == (0, 48)
-
-
-def test_cutouts_come_again_with_the_seed_and_do_not_depend_on_neighbours():
-    images = random_images(3)
-    views = cut(images, (32, 32), cubic, 4, generators(5, 6, 7))
-    again = cut(images, (32, 32), cubic, 4, generators(5, 6, 7))
-    single = cut(images[1:2], (32, 32), cubic, 4, generators(6))
-    torch.testing.assert_close(again, views, rtol=0, atol=0)
-    torch.testing.assert_close(single[0], views[1])
-    other = cut(images, (32, 32), cubic, 4, generators(8, 6, 7))
-    assert not torch.allclose(other[0], views[0])
-    torch.testing.assert_close(other[1:], views[1:])
-
-
-def test_without_cutouts_nothing_is_drawn():
-    (generator,) = generators(0)
-    before = generator.get_state()
-    cut(random_images(), (32, 32), cubic, 0, [generator])
-    assert torch.equal(generator.get_state(), before)
-
-
-def test_nothing_is_clamped():
-    image = random_images()
-    views = cut(image * 9 - 4, (32, 32), cubic, 3, generators(0))
-    torch.testing.assert_close(views, cut(image, (32, 32), cubic, 3, generators(0)) * 9 - 4)
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_gradient_of_the_views_is_the_derivative(count):
-    image = random_images(2, 6, 7).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: cut(x, (5, 4), cubic, count, generators(0, 1)), image)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gradient_on_cuda_is_deterministic(vit):
@@ -197,7 +135,7 @@ def test_gradient_on_cuda_is_deterministic(vit):
     images = random_images(2).float().cuda().requires_grad_()
 
     def gradient() -> Tensor:
-        views = cut(images, clip.size, clip.kernel, 8, generators(0, 1))
+        views = clip.views(images, 8, generators(0, 1))
         return torch.autograd.grad(clip.see(views.flatten(0, 1)).sum(), images)[0]
 
     torch.use_deterministic_algorithms(True)

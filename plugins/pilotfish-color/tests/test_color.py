@@ -10,10 +10,11 @@ import tomli_w
 import torch
 from PIL import Image
 from pilotfish_color import Blue, Palette, oklab, transport_cost
+from pilotfish_kit import check_plugin
 from torch import Tensor
 
 from pilotfish import SettingsError
-from pilotfish.testing import check_plugin, random_sampler
+from pilotfish.testing import random_sampler
 
 NAVY, AMBER = (0, 0x33 / 255, 0x55 / 255), (1, 0xAA / 255, 0)
 

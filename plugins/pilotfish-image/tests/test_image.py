@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from pilotfish_image import CfgInterval, CfgRescale, Img2Img, Inpaint, Optimize, Threshold
+from pilotfish_kit import parametrize_with_checks
 
 from pilotfish import Run
-from pilotfish.testing import parametrize_with_checks, random_sampler
+from pilotfish.testing import random_sampler
 
 PICTURE = Path(__file__).parents[1] / "docs" / "drawing.png"
 PLUGINS = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from pilotfish_image import Img2Img, Inpaint, Optimize
-from pilotfish_image.inpaint import Scene, drawn_part
+from pilotfish_image.inpaint import Scene
 
 from pilotfish import Guide, Plugin, SettingsError, mend_torchvision, pixels
 from pilotfish.testing import random_sampler
@@ -184,17 +184,6 @@ def test_a_box_is_the_mask_with_that_box_in_white(latents_of, tmp_path):
     torch.testing.assert_close(latents_of(mask=tmp_path / "mask.png"), boxed)
 
 
-def test_cells_count_by_what_part_of_them_is_white(tmp_path):
-    mask = Image.new("L", (8, 8), 51)
-    mask.paste(255, (0, 0, 3, 8))
-    mask.save(tmp_path / "mask.png")
-    part = drawn_part(tmp_path / "mask.png", (8, 8), torch.Size((2, 2)))
-    expected = torch.tensor([[0.8, 0.2], [0.8, 0.2]])
-    torch.testing.assert_close(part[0, 0], expected, atol=1 / 255, rtol=0)
-    box = drawn_part((0, 0.25, 0.75, 1), (8, 8), torch.Size((2, 2)))
-    torch.testing.assert_close(box[0, 0], torch.tensor([[0.5, 0.25], [1, 0.5]]).double())
-
-
 def test_where_the_mask_is_grey_the_result_is_between(sampler, latents_of, known, tmp_path):
     Image.new("L", (32, 32), 102).save(tmp_path / "grey.png")  # 0.4
 
@@ -223,7 +212,7 @@ def test_a_mask_of_another_shape_or_all_black_is_refused(latents_of, tmp_path):
     with pytest.raises(SettingsError, match=r"shape of image, 32 x 32 pixels.*has 32 x 24"):
         latents_of(mask=tmp_path / "flat.png")
     Image.new("L", (32, 32)).save(tmp_path / "black.png")
-    with pytest.raises(SettingsError, match=r"white where to draw; .*black\.png is all black"):
+    with pytest.raises(SettingsError, match=r"white somewhere; .*black\.png is all black"):
         latents_of(mask=tmp_path / "black.png")
     with pytest.raises(SettingsError, match=r"Inpaint: mask must be a picture.*'none\.png'"):
         latents_of(mask="none.png")

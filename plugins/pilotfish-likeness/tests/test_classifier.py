@@ -15,15 +15,16 @@ import pytest
 import tomli_w
 import torch
 from PIL import Image
+from pilotfish_kit import check_plugin
 from pilotfish_likeness import Classifier, networks
+from pilotfish_likeness.classifier import SMALLEST
 from pilotfish_likeness.networks import Network, class_of, load
-from pilotfish_likeness.views import SMALLEST, look, squares
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 import pilotfish
-from pilotfish import ModelError, PluginError, SettingsError
-from pilotfish.testing import check_plugin, random_pipeline, random_sampler
+from pilotfish import ModelError, PluginError, SettingsError, cutouts
+from pilotfish.testing import random_pipeline, random_sampler
 
 CPU = torch.device("cpu")
 NAMES = ("fox", "cat", "tench, Tinca tinca", "crane", "crane", "7", "traffic light")
@@ -96,65 +97,6 @@ def corners(images: Tensor) -> Tensor:
     return means @ mixed * 4
 
 
-# ---- what the classifier is shown ----
-
-
-@pytest.mark.parametrize("size", [(32, 32), (13, 90), (40, 48), (7, 5)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_resizing_equals_antialiased_interpolate(size, dtype):
-    images = random_images(2).to(dtype)
-    expected = interpolate(images, size, mode="bilinear", antialias=True)
-    (ours,) = look(images, size, 0, []).unbind(1)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
-
-
-def test_a_picture_of_the_right_size_is_shown_as_it_is():
-    images = random_images(2)
-    torch.testing.assert_close(look(images, (40, 48), 0, [])[:, 0], images, rtol=0, atol=0)
-
-
-def test_cutouts_lie_inside_and_reach_every_border():
-    top, left, height, width = squares(40, 48, 20_000, generators(0)[0]).unbind(1)
-    assert (height == width).all()
-    assert height.min() >= 40 * SMALLEST and height.max() <= 40
-    assert (height.min(), height.max()) == pytest.approx((40 * SMALLEST, 40), abs=0.1)
-    assert top.min() >= 0 and left.min() >= 0
-    assert (top + height).max() <= 40 and (left + width).max() <= 48
-    assert (left + width).max() > 47 and left.min() < 1
-
-
-def test_a_cutout_of_a_ramp_is_the_ramp_between_its_borders():
-    ramp = torch.arange(48.0, dtype=torch.float64).expand(1, 3, 40, 48) + 0.5
-    view = look(ramp, (8, 8), 1, generators(3))[0, 1, 0, 4]
-    _, left, side, _ = squares(40, 48, 1, generators(3)[0])[0]
-    inner = left + side * (torch.arange(8).double() + 0.5) / 8
-    # Borders are averaged from one side; pixels are not centred under the filter's triangle.
-    torch.testing.assert_close(view[2:6], inner[2:6], atol=0.1, rtol=0)
-
-
-def test_cutouts_come_again_with_the_seed_and_do_not_depend_on_neighbours():
-    images = random_images(3)
-    views = look(images, (32, 32), 4, generators(5, 6, 7))
-    torch.testing.assert_close(look(images, (32, 32), 4, generators(5, 6, 7)), views)
-    torch.testing.assert_close(look(images[1:2], (32, 32), 4, generators(6))[0], views[1])
-    other = look(images, (32, 32), 4, generators(8, 6, 7))
-    assert not torch.allclose(other[0], views[0])
-    torch.testing.assert_close(other[1:], views[1:])
-
-
-def test_without_cutouts_nothing_is_drawn():
-    (generator,) = generators(0)
-    before = generator.get_state()
-    look(random_images(), (32, 32), 0, [generator])
-    assert torch.equal(generator.get_state(), before)
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_gradient_of_the_views_is_the_derivative(count):
-    image = random_images(2, 6, 7).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: look(x, (5, 4), count, generators(0, 1)), image)
-
-
 # ---- the networks ----
 
 
@@ -168,7 +110,8 @@ def test_pictures_are_seen_as_transformers_own_processor_shows_them(folder):
         expected = model(**pixels).logits
     network = load(folder, CPU, torch.float32)
     image = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(48, 48, 3)
-    shown = look(image.movedim(-1, 0)[None].float() / 255, network.size, 0, [])[:, 0]
+    whole = image.movedim(-1, 0)[None].float() / 255
+    shown = cutouts(whole, network.size, 0, [], smallest=1)[:, 0]
     assert network.size == (24, 40)
     # Pillow rounds to 8 bits between its two passes.
     torch.testing.assert_close(network(shown), expected, atol=0.02, rtol=0)
@@ -417,7 +360,7 @@ def test_loss_is_one_float32_value_for_each_image_whatever_its_neighbours(cutout
 
 def test_with_cutouts_the_loss_is_the_mean_over_all_views(folder, sampler):
     images = random_images().float()
-    views = look(images, (24, 40), 3, generators(0))[0]
+    views = cutouts(images, (24, 40), 3, generators(0), smallest=SMALLEST)[0]
     apart = loss(Classifier(label="fox", model=folder), sampler, views)
     together = loss(Classifier(label="fox", model=folder, cutouts=3), sampler, images)
     torch.testing.assert_close(together, apart.mean()[None])

@@ -547,3 +547,19 @@ def test_neither_a_name_nor_a_commands_help_loads_more_than_it_needs():
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+
+
+def test_losses_are_drawn_for_every_guide_and_refused_for_none(sampler):
+    def red(step):
+        return step.rgb[:, 0].mean(dim=(1, 2))
+
+    def dark(step):
+        return step.rgb.mean(dim=(1, 2, 3))
+
+    one, two = (
+        view.losses(sampler("a cat", plugins=plugins, steps=3, seed=0).trace)
+        for plugins in ([red], [red, dark])
+    )
+    assert one.size == two.size == (800, 500) and one.tobytes() != two.tobytes()
+    with pytest.raises(InputError, match="the trace is empty"):
+        view.losses(sampler("a cat", steps=1).trace)

@@ -22,7 +22,3 @@ def main() -> None:
     pilotfish plugins list
     pilotfish doctor
     """
-
-
-if __name__ == "__main__":
-    main()

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import click
 
+from ..hooks.plugin import implemented
 from ..hooks.registry import (
     COMMAND_GROUP,
+    FAMILY_GROUP,
     MODEL_GROUP,
     PLUGIN_GROUP,
     Installed,
@@ -26,12 +28,13 @@ from ..hooks.registry import (
     load_command,
     load_object,
 )
-from .listing import columns, hooks_of, limit_note, metadata_problem
+from .listing import columns, limit_note, metadata_problem
 from .program import debug_option
 
 NEEDED = ("pilotfish", "torch", "diffusers", "transformers", "pluggy", "pydantic")
 OPTIONAL = ("torchvision", "open-clip-torch", "matplotlib")
 NONE = {
+    "model families": "none: reinstall pilotfish",
     "models": "none installed; `pip install pilotfish-emoji` gives one that runs offline",
     "plugins": "none",
     "commands": "none beside pilotfish's own",
@@ -64,6 +67,7 @@ def examine() -> tuple[str, int]:
     sections = {
         "versions": [*versions(), *networks()],
         "devices": devices(),
+        "model families": list(offers(FAMILY_GROUP, _check_family)),
         "models": list(offers(MODEL_GROUP, _check_model)),
         "plugins": list(offers(PLUGIN_GROUP, _check_plugin)),
         "commands": list(offers(COMMAND_GROUP, lambda entry: load_command(entry.name))),
@@ -130,8 +134,14 @@ def offers(group: str, check: Callable[[Installed], None]) -> Iterator[Finding]:
 
 def _check_plugin(entry: Installed) -> None:
     plugin = load_class(entry.name)
-    if not hooks_of(plugin):
+    if not implemented(plugin):
         raise TypeError(f"{entry.target} implements no hook")
+
+
+def _check_family(entry: Installed) -> None:
+    family = load_object(find(entry.name, FAMILY_GROUP).target, f"model family {entry.name!r}")
+    if not callable(family):
+        raise TypeError(f"{entry.target} is {family!r}; expected what takes a pipeline")
 
 
 def _check_model(entry: Installed) -> None:

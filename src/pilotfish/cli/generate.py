@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import InputError
-from ..guidance.presets import PRESETS
+from .options import Options, run_options
 from .program import debug_option, not_installed
 
 if TYPE_CHECKING:
@@ -27,17 +27,7 @@ if TYPE_CHECKING:
 Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
 
 
-def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    """`512x768` as (width, height)."""
-    if text is None:
-        return None
-    width, _x, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise click.BadParameter(f"expected WIDTHxHEIGHT such as 512x512; got {text!r}")
-    return int(width), int(height)
-
-
-@click.command()
+@click.command(cls=Options)
 @click.argument("prompt", required=False)
 @click.option(
     "--use",
@@ -47,7 +37,6 @@ def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple
     help="A plugin: an installed one's name, or FILE.py:Class. Again for more, in order. "
     "With --run: instead of the file's plugins.",
 )
-@click.option("--seed", type=int, help="Of the first image; drawn and printed if not given.")
 @click.option(
     "--out",
     default="out.png",
@@ -56,33 +45,9 @@ def parse_size(_: click.Context, __: click.Parameter, text: str | None) -> tuple
     help="The picture; for several images FILE-1, FILE-2 ...",
 )
 @click.option("--model", metavar="FOLDER|HUB_ID|NAME", help="[default: the emoji model]")
-@click.option("--steps", type=int, help="Sampling steps.  [default: 50]")
-@click.option("--guidance-scale", type=float, help="1 switches it off.  [default: 7.5]")
-@click.option("--scheduler", metavar="NAME", help="lms, ddim, euler ...  [default: the model's]")
-@click.option(
-    "--preset", metavar="NAME|FILE.toml", help=f"{', '.join(PRESETS)}: how losses become a move.  "
-    "[default: balanced]",
-)  # fmt: skip
-@click.option("--num-images", type=int, help="With the same prompt.  [default: 1]")
-@click.option("--negative-prompt", metavar="TEXT", help="What the picture should not show.")
-@click.option("--size", callback=parse_size, metavar="WIDTHxHEIGHT", help="[default: the model's]")
+@run_options
 @click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu  [default: the best]")
 @click.option("--dtype", metavar="NAME", help="bfloat16, float16 ...  [default: float32]")
-@click.option(
-    "--checkpointing",
-    type=click.Choice(["auto", "on", "off"]),
-    help="Less memory, more time, where a gradient goes through the network.  [default: auto]",
-)
-@click.option(
-    "--on-error",
-    type=click.Choice(["raise", "skip", "disable"]),
-    help="Where a guide fails: stop, skip that step, or go on without it.  [default: raise]",
-)
-@click.option(
-    "--decoder",
-    metavar="vae|tiny|tiny:FOLDER|linear",
-    help="What guides see by: the model's decoder, or a cheaper one.  [default: vae]",
-)
 @click.option("--run", "run_file", metavar="RUN.toml", help="Repeat a run; options override it.")
 @click.option(
     "-s",
@@ -113,7 +78,7 @@ def generate(
     device: str | None,
     dry_run: bool,
     as_json: bool,
-    **options: Any,
+    **options: str | None,
 ) -> None:
     """Make pictures of PROMPT, steered by plugins.
 
@@ -150,10 +115,10 @@ def build(content: Mapping[str, Any]) -> tuple[Stack, Run]:
 
 def explain(stack: Stack, run: Run, model: Model) -> tuple[str, dict[str, Any]]:
     """A dry run, as text and as data."""
-    from .dry_run import plan
+    from .dry_run import plan, told
 
-    planned = plan(stack, run, model["model"], model["device"], model["dtype"])
-    return planned.text(), planned.to_dict()
+    planned = plan(stack, run, model)
+    return told(planned), planned
 
 
 @dataclass(frozen=True)
@@ -208,11 +173,10 @@ def make_pictures(
 
 def start(stack: Stack, run: Run, model: Model) -> Stream:
     """Load the model; everything is checked before the first step."""
-    from ..models.loading import load, quiet
+    from ..models.loading import load
     from ..sampling.loop import Sampling
     from ..sampling.sampler import Stream
 
-    quiet()
     return Stream(Sampling(load(**model), run, stack))
 
 

@@ -9,13 +9,13 @@ import shutil
 import textwrap
 import types
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic.fields import FieldInfo
 
 from ..hooks import specs as hookspecs
-from ..hooks.plugin import Guide, Plugin
+from ..hooks.plugin import Guide, Plugin, implemented
 from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, hidden, installed, limit, load_class
 
 # Attributes of what pydantic keeps in `FieldInfo.metadata`.
@@ -108,14 +108,9 @@ def docstring_summary(plugin: type[Any]) -> str:
     return " ".join(paragraph.split())
 
 
-def hooks_of(plugin: Any) -> list[str]:
-    """The hooks that a plugin, or its class, implements."""
-    return [h for h in hookspecs.KINDS if hasattr(getattr(plugin, h, None), "pilotfish_impl")]
-
-
 def hook_rows(plugin: type[Any]) -> list[tuple[str, str]]:
     """Each hook with the first line of its contract."""
-    docs = {hook: inspect.getdoc(getattr(hookspecs, hook)) or "" for hook in hooks_of(plugin)}
+    docs = {hook: inspect.getdoc(getattr(hookspecs, hook)) or "" for hook in implemented(plugin)}
     return [(hook, doc.splitlines()[0]) for hook, doc in docs.items()]
 
 
@@ -139,8 +134,12 @@ def type_text(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return " | ".join(str(a) for a in args)
+    if origin is Annotated:
+        return type_text(args[0])
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(a) for a in args if a is not type(None))
+    if origin is Annotated:
+        return type_text(args[0])
     if origin is not None and args:
         return f"{getattr(origin, '__name__', origin)}[{', '.join(map(type_text, args))}]"
     if annotation is Ellipsis:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..runs.changes import changed, table
 from ..runs.run import Run
+from .changes import TEXT_KEYS, changed, table
+from .options import given
 
 
 def compose(
-    run_file: str | None, uses: tuple[str, ...], changes: tuple[str, ...], options: dict[str, Any]
+    run_file: str | None,
+    uses: tuple[str, ...],
+    changes: tuple[str, ...],
+    options: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """The keys of a run: the file's, then `--set`, then the options that were given."""
     content = Run.read(run_file) if run_file is not None else {"plugins": []}
@@ -22,17 +27,21 @@ def completed(
     content: dict[str, Any],
     uses: tuple[str, ...],
     changes: tuple[str, ...],
-    options: dict[str, Any],
+    options: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """The keys of a run that was read, then `--set`, then the options that were given."""
     content["plugins"] = [_table(item) for item in (uses or content["plugins"])]
-    if size := options.pop("size", None):
-        options["width"], options["height"] = size
-    given = {key: value for key, value in options.items() if value is not None}
-    if "preset" in given:  # before --set, which may change one of its knobs
-        content["preset"] = given.pop("preset")
+    texts = given(options)
+    if "preset" in texts:  # before --set, which may change one of its knobs
+        content["preset"] = texts.pop("preset")
     content = functools.reduce(changed, changes, content)
-    return {**content, **given}
+    return functools.reduce(_with_option, texts.items(), content)
+
+
+def _with_option(content: dict[str, Any], option: tuple[str, str]) -> dict[str, Any]:
+    """As `--set` does it, but text stays as it is, with its quotes."""
+    key, text = option
+    return {**content, key: text} if key in TEXT_KEYS else changed(content, f"{key}={text}")
 
 
 def _table(item: object) -> Any:

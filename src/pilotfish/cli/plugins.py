@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-
 import click
 
 from .program import Commands, debug_option
@@ -38,38 +35,3 @@ def show_plugin(name: str) -> None:
     from .listing import show_text
 
     click.echo(show_text(name))
-
-
-@plugins.command("check")
-@click.argument("name")
-@click.option("--prompt", default="a red cat", show_default=True, help="Of the runs.")
-@click.option("--model", metavar="FOLDER|HUB_ID|NAME", help="[default: a small random one]")
-@debug_option
-@click.pass_context
-def check_plugin(ctx: click.Context, name: str, prompt: str, model: str | None) -> None:
-    """Try in short runs what every plugin must keep.
-
-    NAME is an installed plugin, or FILE.py:Class, with settings as --use takes them. The exit code
-    is 1 where something fails.
-
-    \b
-    pilotfish plugins check ./my_loss.py:Warmth
-    pilotfish plugins check 'palette:colors=[#035,#fa0]'
-    """
-    from .check import report
-
-    with contextlib.redirect_stdout(sys.stderr):  # what plugins print
-        text, failed = report(name, prompt, model)
-    click.echo(text)
-    if failed:
-        ctx.exit(1)
-
-
-@plugins.command("new")
-@click.argument("name")
-@debug_option
-def new_plugin(name: str) -> None:
-    """Write a package for a plugin, ready to publish: ./pilotfish-NAME."""
-    from .new import create, next_steps
-
-    click.echo(next_steps(create(name)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -18,7 +21,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Each is the command of its name in the module of its name.
 OWN = ("doctor", "generate", "plugins", "replay")
 # The commands that come with packages of the same project.
-PACKAGES = {"grid": "pilotfish-view", "view": "pilotfish-view"}
+PACKAGES = {
+    "grid": "pilotfish-view",
+    "plugins.check": "pilotfish-kit",
+    "plugins.new": "pilotfish-kit",
+    "view": "pilotfish-view",
+}
 
 
 class Failure(click.ClickException):
@@ -35,7 +43,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with warnings_in_a_line():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             raise click.exceptions.Exit(130) from None
@@ -45,13 +54,37 @@ class Commands(click.Group):
                 raise
             raise Failure(message) from None
 
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of commands that packages add to this group."""
+        return f"{self.name}."
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Own names and installed ones."""
+        return sorted({*super().list_commands(ctx), *self.added()})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A command; an installed one is not imported here."""
+        claims = self.added().get(name)
+        return super().get_command(ctx, name) or (Added(claims) if claims else None)
+
+    def added(self) -> dict[str, list[Installed]]:
+        """What installed packages add to this group, by name."""
+        found = {
+            n.removeprefix(self.prefix): c
+            for n, c in installed(COMMAND_GROUP).items()
+            if n.startswith(self.prefix)
+        }
+        return {name: claims for name, claims in found.items() if "." not in name}
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click's, but an unknown command lists all of them, or names its package."""
         if self.get_command(ctx, args[0]) is None:
-            if ctx.parent is None and args[0] in PACKAGES:
-                raise not_installed(f"the command {args[0]!r}", PACKAGES[args[0]])
+            path = f"{self.prefix}{args[0]}"
+            if path in PACKAGES:
+                raise not_installed(f"the command {path.replace('.', ' ')!r}", PACKAGES[path])
             raise click.UsageError(str(unknown("command", args[0], self.list_commands(ctx))), ctx)
         return super().resolve_command(ctx, args)
 
@@ -59,21 +92,23 @@ class Commands(click.Group):
 class Program(Commands):
     """The program: its own commands, then those that installed packages add.
 
-    A package adds a click command by the entry-point group `pilotfish.commands`. The program's own
-    come first, so that no package can take their place.
+    A package adds click commands by the entry-point group `pilotfish.commands`: `concept` to the
+    program, `plugins.new` to the group `plugins`. The program's own come first, so that no package
+    can take their place.
     """
+
+    prefix = ""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Own names, then the installed ones."""
-        return [*OWN, *(name for name in installed(COMMAND_GROUP) if name not in OWN)]
+        return [*OWN, *(name for name in self.added() if name not in OWN)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """A command; an installed one is not imported here."""
         if name in OWN:
             command: click.Command = getattr(import_module(f".{name}", __package__), name)
             return command
-        claims = installed(COMMAND_GROUP).get(name)
-        return Added(claims) if claims else None
+        return super().get_command(ctx, name)
 
 
 class Added(click.Command):
@@ -87,7 +122,27 @@ class Added(click.Command):
     ) -> click.Context:
         """The context of the package's own command, which so takes this one's place."""
         command: click.Command = load_command(str(self.name))
+        if not any(option.name == "debug" for option in command.params):
+            debug_option(command)
         return command.make_context(info_name, args, parent, **extra)
+
+
+@contextlib.contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Warnings for users, told as errors are: on one line of stderr, above a progress bar."""
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        from tqdm import tqdm
+
+        if issubclass(category, UserWarning):
+            tqdm.write(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            usual(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def not_installed(what: str, package: str) -> PilotfishError:

@@ -62,8 +62,8 @@ def checked(text: str, origin: str, model: str | None, trusted: bool) -> dict[st
     Raises:
         InputError: the run asks for what is not installed here under a name, and is not trusted.
     """
-    from ..runs.changes import table
     from ..runs.run import Run
+    from .changes import table
     from .trust import asks
 
     content = Run.parse(text, origin)

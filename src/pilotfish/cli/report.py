@@ -33,8 +33,16 @@ def _guide_lines(trace: Trace) -> Iterator[str]:
             final = trace.final_loss(name)
             by_vae = "" if final is None else f"; {final:.4g} by the VAE"
             yield f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} ({len(losses)} steps){by_vae}"
+        if (outside := leaked(trace, name)) is not None:
+            yield f"{name}: {outside:.1%} of the moves at its steps lie outside its mask"
         if failed:
             yield f"{name}: failed at {len(failed)} steps, the first time: {failed[0].error}"
+
+
+def leaked(trace: Trace, name: str) -> float | None:
+    """What part of the moves lies outside a guide's mask, mean over steps and images."""
+    parts = [part for record in trace.of(name) for part in record.outside]
+    return sum(parts) / len(parts) if parts else None
 
 
 def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]:
@@ -48,6 +56,7 @@ def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]
             "last_loss": losses[-1] if losses else None,
             "final_loss": trace.final_loss(name),
             "steps": len(losses),
+            "outside": leaked(trace, name),
             "errors": [r.error for r in trace.of(name) if r.error],
         }
     return {
@@ -55,5 +64,6 @@ def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]
         "seed": result.run.seed,
         "seconds": round(seconds, 3),
         "guides": guides,
+        "remarks": trace.remarks,
         "run": tomllib.loads(result.run.to_toml()),
     }

@@ -23,6 +23,10 @@ def asks(content: Mapping[str, Any]) -> Iterator[str]:
         yield from _plugin_asks(plugin)
     if ":" in (decoder := str(content.get("decoder", ""))):
         yield f"decoder {decoder!r}, a folder or a download"
+    scheduler = content.get("scheduler")
+    name = scheduler.get("name") if isinstance(scheduler, Mapping) else scheduler
+    if ":" in str(name):
+        yield f"scheduler {name!r}, code outside of diffusers"
     for file in _preset_files(content.get("preset")):
         yield f"preset {file!r}, a file"
     yield from _work(content)

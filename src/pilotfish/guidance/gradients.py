@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .clock import Span, mark
+from .graph import Leaves, SharedGraph
 from .noise import at_least_float32
 
 End = Literal["x0", "latents"]
 Leaf = tuple[int, str]  # which sample of x0, and the form in which a guide read it
+Gradients = dict[Leaf, Tensor]
 
 # Two gradients with a cosine below -0.87 are so opposed that hardly anything is left but rounding
 # and chance. On the emoji model, blue against dim, 0.2 to 1 of a gradient's square is left.
@@ -33,92 +34,6 @@ LONGER = 4.0
 
 class LossFault(Exception):
     """What is wrong with a guide's loss, for the host to blame on the guide."""
-
-
-class SharedGraph:
-    """What all guides of one step share: latents -> x0 -> rgb and image, each built at most once.
-
-    Args:
-        x0: predicted clean latents (B, C, H, W), with a graph to `latents` where that is given.
-        decode: x0 -> image (B, 3, 8H, 8W).
-        to_rgb: x0 -> rgb (B, 3, H, W).
-        latents: the leaf that the graph of x0 starts from, if any guide's gradient goes there.
-    """
-
-    def __init__(
-        self,
-        x0: Tensor,
-        decode: Callable[[Tensor], Tensor],
-        to_rgb: Callable[[Tensor], Tensor],
-        latents: Tensor | None = None,
-    ) -> None:
-        self._predicted, self._latents = x0, latents
-        self._x0 = x0.detach().requires_grad_()
-        self._build = {"x0": lambda x0: x0, "rgb": to_rgb, "image": decode}
-        self._nodes: dict[str, Tensor] = {}
-        self.spans: list[Span] = []  # of building
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self._x0.device
-
-    def shifted(self, offset: Tensor) -> SharedGraph:
-        """The graph of this x0 plus a constant, over the same network."""
-        other = SharedGraph(self._x0.detach() + offset, self._build["image"], self._build["rgb"])
-        other._predicted, other._latents = self._predicted, self._latents
-        return other
-
-    def node(self, name: str) -> Tensor:
-        """The graph's own value of that name, built on first use."""
-        if name not in self._nodes:
-            start = mark(self.device)
-            with torch.enable_grad():
-                self._nodes[name] = self._build[name](self._x0)
-            self.spans.append((start, mark(self.device)))
-        return self._nodes[name]
-
-    def to_x0(self, name: str, cotangent: Tensor, retain_graph: bool) -> Tensor:
-        """Pull a gradient at one leaf back to x0: one vector-Jacobian product."""
-        if name == "x0":
-            return cotangent
-        return _pull_back(self.node(name), self._x0, cotangent, retain_graph)
-
-    def to_latents(self, cotangent: Tensor) -> Tensor:
-        """Pull a gradient at x0 back to the latents, through the network."""
-        if self._latents is None:
-            raise ValueError("this graph's x0 has no graph to the latents")
-        return _pull_back(self._predicted, self._latents, cotangent, retain_graph=False)
-
-
-def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: bool) -> Tensor:
-    """A vector-Jacobian product, scaled per image to magnitude one on the way.
-
-    It is linear in the cotangent, and powers of two are exact, so this changes nothing but saves a
-    half-precision network from underflow: pixel gradients of a CLIP loss at 512 pixels lie below
-    the smallest normal float16.
-    """
-    largest = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True)
-    mantissa, _ = largest.frexp()
-    power = torch.where(largest > 0, mantissa / largest, 1)  # exact: the quotient is a power of two
-    scale = power.clamp(2.0**-120, 2.0**120)  # normal in float32
-    (pulled,) = torch.autograd.grad(
-        output, source, (cotangent * scale).to(output.dtype), retain_graph
-    )
-    return pulled.to(cotangent.dtype) / scale
-
-
-class Leaves:
-    """The leaves that one guide has read: fresh, detached, and its own."""
-
-    def __init__(self, graph: SharedGraph) -> None:
-        self._graph = graph
-        self.read: dict[str, Tensor] = {}
-
-    def __call__(self, name: str) -> Tensor:
-        if name not in self.read:
-            self.read[name] = self._graph.node(name).detach().requires_grad_()
-        return self.read[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +52,7 @@ class Pull:
     scale: float
     ends: tuple[End, ...]
     loss: Tensor
-    gradients: dict[Leaf, Tensor]
+    gradients: Gradients
     area: float = 1.0
     seconds: Callable[[], float] = lambda: 0.0
 
@@ -148,7 +63,7 @@ class Pull:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return norm
 
-    def times(self, factor: Tensor) -> dict[Leaf, Tensor]:
+    def times(self, factor: Tensor) -> Gradients:
         """The gradient times a number for each image, (B,)."""
         return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
 
@@ -158,10 +73,8 @@ class Pull:
             return f"returned a loss that is not finite: {_listed(self.loss)}"
         for (_, leaf), gradient in self.gradients.items():
             if bad := int((~gradient.isfinite()).sum()):
-                return (
-                    f"has a gradient that is not finite in {bad} of {gradient.numel()} values of "
-                    f"step.{leaf}"
-                )
+                values = f"{bad} of {gradient.numel()} values of step.{leaf}"
+                return f"has a gradient that is not finite in {values}"
         return None
 
     def unit(self) -> Tensor:
@@ -179,21 +92,16 @@ def averaged(samples: Sequence[Pull]) -> Pull:
     losses = torch.stack([pull.loss for pull in samples])  # (samples, B)
     weights = losses.neg().softmax(dim=0)
     gradients = {
-        (k, name): weight.view(-1, 1, 1, 1) * g
+        (k, name): gradient
         for k, (weight, pull) in enumerate(zip(weights, samples, strict=True))
-        for (_, name), g in pull.gradients.items()
+        for (_, name), gradient in pull.times(weight).items()
     }
     loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
-    first = samples[0]
-    return Pull(
-        first.name,
-        first.scale,
-        first.ends,
-        loss,
-        gradients,
-        first.area,
-        seconds=lambda: sum(pull.seconds() for pull in samples),
-    )
+
+    def seconds() -> float:
+        return sum(pull.seconds() for pull in samples)
+
+    return replace(samples[0], loss=loss, gradients=gradients, seconds=seconds)
 
 
 def cosines(pulls: Sequence[Pull]) -> Tensor:
@@ -201,18 +109,15 @@ def cosines(pulls: Sequence[Pull]) -> Tensor:
 
     -1: they pull against each other. 0 where they read no leaf in common.
     """
-    shape = (len(pulls[0].loss), len(pulls), len(pulls))
-    products = pulls[0].norm.new_zeros(shape)
+    products = pulls[0].norm.new_zeros(len(pulls[0].loss), len(pulls), len(pulls))
     if len(pulls) == 1:
         return products
-    for leaf in dict.fromkeys(leaf for pull in pulls for leaf in pull.gradients):
-        found = [pull.gradients.get(leaf) for pull in pulls]
-        nothing = torch.zeros_like(next(g for g in found if g is not None))
-        stacked = torch.stack([(nothing if g is None else g).flatten(1) for g in found], dim=1)
+    units = [pull.times(math.copysign(1, pull.scale) * inverse(pull.norm)) for pull in pulls]
+    for leaf in _leaves_of(units):
+        nothing = torch.zeros_like(next(unit[leaf] for unit in units if leaf in unit))
+        stacked = torch.stack([unit.get(leaf, nothing).flatten(1) for unit in units], dim=1)
         products = products + stacked @ stacked.mT  # (B, k, N) @ (B, N, k)
-    signed = [math.copysign(1, pull.scale) * inverse(pull.norm) for pull in pulls]
-    factors = torch.stack(signed, dim=1).unsqueeze(2)  # (B, k, 1)
-    return products * factors * factors.mT
+    return products
 
 
 def all_finite(pulls: Sequence[Pull]) -> bool:
@@ -223,7 +128,7 @@ def all_finite(pulls: Sequence[Pull]) -> bool:
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
-def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> dict[Leaf, Tensor]:
+def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
     """The gradient of a guide's loss at each leaf that it read.
 
     Raises:
@@ -266,35 +171,49 @@ class Sum:
 
 def sum_at_x0(
     graphs: Sequence[SharedGraph],
-    weighted: Sequence[dict[Leaf, Tensor]],
+    weighted: Sequence[Gradients],
     *,
-    keep_size: bool = False,
+    keep_size: bool,
+    project: bool,
     retain_graph: bool = False,
 ) -> Sum:
-    """The sum of all guides' weighted gradients, pulled back to x0: one product for each leaf.
+    """The guides' weighted gradients, pulled back to x0 in one: one product for each leaf.
 
     Args:
         graphs: one for each sample of x0.
+        weighted: one for each guide; empty where it has no part in this.
         keep_size: each leaf's sum keeps the root mean square that it has at the leaf, so that a
             guide on the image and one on x0 weigh the same, and opposed guides cancel.
+        project: see `without_conflicts`. Each guide's gradient is then pulled back on its own: only
+            there, where the move is made, shows who pulls against whom. What is harmless in the
+            picture may not be in the latents.
     """
-    pulled = []
-    parts: list[Tensor | float] = [0.0 for _ in weighted]
-    for leaf in dict.fromkeys(leaf for w in weighted for leaf in w):
+    if not project:
+        return _pulled_to_x0(graphs, weighted, keep_size, retain_graph)
+    used = [i for i, w in enumerate(weighted) if w]
+    sums = []
+    for i in used:
+        alone = [w if i == j else {} for j, w in enumerate(weighted)]
+        retain = retain_graph or i != used[-1]
+        sums.append(_pulled_to_x0(graphs, alone, keep_size, retain))
+    gradient = _sum(without_conflicts([s.gradient for s in sums]))
+    return Sum(gradient, _sum(s.parts for s in sums))
+
+
+def _pulled_to_x0(
+    graphs: Sequence[SharedGraph], weighted: Sequence[Gradients], keep_size: bool, retain: bool
+) -> Sum:
+    pulled, to_x0 = [], {}
+    for leaf in _leaves_of(weighted):
         sample, name = leaf
         total = _sum(w[leaf] for w in weighted if leaf in w)
-        size = rms(total)
-        at_x0 = graphs[sample].to_x0(name, total, retain_graph)
-        at_x0 = resized(at_x0, size) if keep_size else at_x0
-        to_x0 = rms(at_x0) * inverse(size)  # from the leaf's units to those of x0
-        parts = [
-            part + (rms(w[leaf]) * to_x0).flatten() if leaf in w else part
-            for part, w in zip(parts, weighted, strict=True)
-        ]
-        pulled.append(at_x0)
+        at_x0 = graphs[sample].to_x0(name, total, retain)
+        pulled.append(resized(at_x0, rms(total)) if keep_size else at_x0)
+        to_x0[leaf] = rms(pulled[-1]) * inverse(rms(total))  # from the leaf's units to those of x0
     gradient = _sum(pulled)
-    none = gradient.new_zeros(len(gradient))
-    return Sum(gradient, torch.stack([none + part for part in parts]))
+    none = gradient.new_zeros(len(gradient), 1, 1, 1)
+    parts = [sum((rms(g) * to_x0[leaf] for leaf, g in w.items()), start=none) for w in weighted]
+    return Sum(gradient, torch.stack(parts).flatten(1))
 
 
 def without_conflicts(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -314,6 +233,11 @@ def _without_conflicts(gradient: Tensor, others: Iterable[Tensor]) -> Tensor:
         left = left - _dot(left, other).clamp(max=0) * inverse(_dot(other, other)) * other
     longer = _dot(gradient, gradient) * inverse(_dot(left, gradient))
     return left * longer.clamp(max=LONGER)
+
+
+def _leaves_of(gradients: Iterable[Gradients]) -> list[Leaf]:
+    """All of them, each once."""
+    return list(dict.fromkeys(leaf for found in gradients for leaf in found))
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -24,23 +24,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .gradients import (
-    End,
-    Leaf,
-    Pull,
-    SharedGraph,
-    Sum,
-    inverse,
-    resized,
-    rms,
-    sum_at_x0,
-    without_conflicts,
-)
+from .gradients import End, Gradients, Pull, Sum, inverse, resized, rms, sum_at_x0
+from .graph import SharedGraph
 from .noise import CLEAN, NoiseLevel, at_least_float32
 from .presets import Preset
 
@@ -49,6 +39,7 @@ from .presets import Preset
 # Measured: docs/guidance.md, "Without a prompt".
 UNPROMPTED_PULL = 0.1
 UNIT = ("rms", "sphere")  # the rules that do not see how large a loss is
+ENDS: tuple[End, ...] = ("latents", "x0")
 
 Descent = Callable[[Tensor], tuple[list[SharedGraph], list[Pull]]]
 
@@ -108,10 +99,14 @@ def combine(
     if "x0" in sums:
         move = _of_x0(sums["x0"].gradient, preset, place)
         for _ in range(1, preset.iterations):
-            move = move + _further(descend(move), preset, place)
+            shifted, further = descend(move)
+            if further:
+                gradient = _summed(shifted, further, preset, "x0").gradient
+                move = move + _of_x0(gradient, preset, place)
         moves.append(move * _per_x0(preset, place))
-    parts = sum(s.parts for s in sums.values())
-    return Move(_trusted(sum(moves[1:], start=moves[0]), preset, place), _shares(parts))
+    parts = torch.stack([s.parts for s in sums.values()]).sum(dim=0)
+    shares = parts * inverse(parts.sum(dim=0))
+    return Move(_trusted(sum(moves[1:], start=moves[0]), preset, place), shares)
 
 
 def _trusted(move: Tensor, preset: Preset, place: Place) -> Tensor:
@@ -122,51 +117,30 @@ def _trusted(move: Tensor, preset: Preset, place: Place) -> Tensor:
     return move * (longest * inverse(rms(move))).clamp(max=1)
 
 
-def _shares(parts: Tensor) -> Tensor:
-    return parts * inverse(parts.sum(dim=0))
-
-
 def _sums(graphs: Sequence[SharedGraph], pulls: Sequence[Pull], preset: Preset) -> dict[End, Sum]:
     """The guides' weighted gradients in one, at x0, for each of the ends where any of them ends."""
-    ends: tuple[End, ...] = ("latents", "x0")
-    groups = {end: [pull if end in pull.ends else None for pull in pulls] for end in ends}
-    if groups["latents"] == groups["x0"]:
-        both = _summed(graphs, groups["x0"], preset)
-        return {"latents": both, "x0": replace(both, parts=torch.zeros_like(both.parts))}
-    last = "x0" if any(groups["x0"]) else "latents"
-    return {
-        end: _summed(graphs, group, preset, retain_graph=end != last)
-        for end, group in groups.items()
-        if any(group)
-    }
+    ends = [end for end in ENDS if any(end in pull.ends for pull in pulls)]
+    if all(len(pull.ends) == len(ENDS) for pull in pulls):
+        return dict.fromkeys(ends, _summed(graphs, pulls, preset, "x0"))
+    return {end: _summed(graphs, pulls, preset, end, retain=end != ends[-1]) for end in ends}
 
 
 def _summed(
     graphs: Sequence[SharedGraph],
-    pulls: Sequence[Pull | None],
+    pulls: Sequence[Pull],
     preset: Preset,
-    retain_graph: bool = False,
+    end: End,
+    *,
+    retain: bool = False,
 ) -> Sum:
-    """At x0; a guide that is None has no part in it.
-
-    "project" pulls each guide's gradient back on its own: only there, where the move is made, shows
-    who pulls against whom. What is harmless in the picture may not be in the latents.
-    """
-
-    def at_x0(weighted: Sequence[dict[Leaf, Tensor]], retain_graph: bool) -> Sum:
-        unit = preset.rule in UNIT
-        return sum_at_x0(graphs, weighted, keep_size=unit, retain_graph=retain_graph)
-
-    weighted = [_weighted(pull, preset) if pull else {} for pull in pulls]
-    if preset.combine == "sum":
-        return at_x0(weighted, retain_graph)
-    used = [i for i, w in enumerate(weighted) if w]
-    sums = [
-        at_x0([w if i == j else {} for j, w in enumerate(weighted)], retain_graph or i != used[-1])
-        for i in used
-    ]
-    gradient = torch.stack(without_conflicts([s.gradient for s in sums])).sum(dim=0)
-    return Sum(gradient, torch.stack([s.parts for s in sums]).sum(dim=0))
+    """Of the guides whose gradients end there."""
+    return sum_at_x0(
+        graphs,
+        [_weighted(pull, preset) if end in pull.ends else {} for pull in pulls],
+        keep_size=preset.rule in UNIT,
+        project=preset.combine == "project",
+        retain_graph=retain,
+    )
 
 
 def _through_network(graph: SharedGraph, at_x0: Tensor, preset: Preset) -> Tensor:
@@ -174,17 +148,7 @@ def _through_network(graph: SharedGraph, at_x0: Tensor, preset: Preset) -> Tenso
     return resized(at_latents, rms(at_x0)) if preset.rule in UNIT else at_latents
 
 
-def _further(
-    found: tuple[list[SharedGraph], list[Pull]], preset: Preset, place: Place
-) -> Tensor | float:
-    """One more step of the descent on x0; none if no guide answered."""
-    graphs, pulls = found
-    if not pulls:
-        return 0.0
-    return _of_x0(_summed(graphs, pulls, preset).gradient, preset, place)
-
-
-def _weighted(pull: Pull, preset: Preset) -> dict[Leaf, Tensor]:
+def _weighted(pull: Pull, preset: Preset) -> Gradients:
     """A guide's gradient times its scale and what the rule asks for."""
     factor = torch.full_like(pull.norm, pull.scale)
     if preset.rule in UNIT:

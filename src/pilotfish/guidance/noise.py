@@ -61,10 +61,8 @@ class NoiseLevel:
         elif prediction_type in ("flow", "flow_prediction"):
             skip, out = 1.0, -sigma  # v = noise - x0 (Lipman et al. 2022, arXiv 2210.02747)
         else:
-            raise ModelError(
-                f"prediction type {prediction_type!r} is unknown; "
-                "expected epsilon, v_prediction, sample or flow_prediction"
-            )
+            known = "epsilon, v_prediction, sample or flow_prediction"
+            raise ModelError(f"prediction type {prediction_type!r} is unknown; expected {known}")
         return cls(alpha, sigma, skip, out, prediction_type)
 
     @property

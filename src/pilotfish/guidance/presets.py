@@ -78,10 +78,8 @@ class Preset:
 
     def __post_init__(self) -> None:
         if self.rule == "sphere" and (self.gradient, self.applied_to) != ("latents", "after_step"):
-            raise ValueError(
-                "rule 'sphere' turns the noise of a step that is done: it goes with "
-                "gradient='latents' and applied_to='after_step'"
-            )
+            fitting = "gradient='latents' and applied_to='after_step'"
+            raise ValueError(f"rule 'sphere' turns the noise of a done step: it takes {fitting}")
         if self.rule == "sphere" and self.trust is not None:
             raise ValueError("rule 'sphere' keeps the length of the step's noise: no trust")
         if self.samples > 1 and self.smoothing == 0:
@@ -89,25 +87,24 @@ class Preset:
 
     def repeats(self, progress: float) -> int:
         """How often the step at that fraction of the run is taken."""
-        return (
-            self.recurrence if _within(progress, self.recurrence_start, self.recurrence_stop) else 1
-        )
+        inside = within(progress, self.recurrence_start, self.recurrence_stop)
+        return self.recurrence if inside else 1
 
     def acts_at(self, progress: float) -> bool:
         """Whether guides act at that fraction of the run."""
-        return _within(progress, self.start, self.stop)
+        return within(progress, self.start, self.stop)
 
     def changes(self) -> dict[str, Any]:
         """What a run file needs: `base`, and the knobs that differ from it; all without a base."""
-        knobs = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        base = PRESETS.get(self.name)
-        if base is None:
+        knobs = dataclasses.asdict(self)
+        if self.name not in PRESETS:
             return {key: value for key, value in knobs.items() if value is not None}
-        changed = {k: v for k, v in knobs.items() if v != getattr(base, k)}
-        return {"base": self.name, **changed}
+        base = PRESETS[self.name]
+        return {"base": self.name, **{k: v for k, v in knobs.items() if v != getattr(base, k)}}
 
 
-def _within(progress: float, start: float, stop: float) -> bool:
+def within(progress: float, start: float, stop: float) -> bool:
+    """Whether a fraction of the run lies in a window: without its end, unless that is the run's."""
     return start <= progress and (progress < stop or stop == 1)
 
 
@@ -150,15 +147,10 @@ def _from_file(path: Path) -> Preset:
 def _from_table(table: Mapping[str, Any]) -> Preset:
     knobs = dict(table)
     if base := knobs.pop("base", None):
-        start = find_preset(base)
-        own = {f.name: getattr(start, f.name) for f in dataclasses.fields(start)}
-        knobs = {**own, **knobs}
-    elif not knobs.keys() >= REQUIRED:
-        missing = ", ".join(sorted(REQUIRED - knobs.keys()))
-        raise InputError(
-            f"preset {knobs.get('name', '')!r}: {missing} must be given, or `base`, the name of a "
-            "preset"
-        )
+        knobs = {**dataclasses.asdict(find_preset(base)), **knobs}
+    label = f"preset {knobs.get('name', '')!r}"
+    if missing := ", ".join(sorted(REQUIRED - knobs.keys())):
+        raise InputError(f"{label}: {missing} must be given, or `base`, the name of a preset")
     for knob in knobs:
         if knob not in KNOBS:
             raise unknown("knob", knob, KNOBS)
@@ -166,7 +158,7 @@ def _from_table(table: Mapping[str, Any]) -> Preset:
         return Preset(**{"name": "unnamed", **knobs})
     except pydantic.ValidationError as error:
         problems = explain(error, Preset.__dataclass_fields__, "knob").removesuffix(".")
-        raise InputError(f"preset {knobs.get('name', '')!r}: {problems}") from None
+        raise InputError(f"{label}: {problems}") from None
 
 
 REQUIRED = {"gradient", "applied_to", "rule"}

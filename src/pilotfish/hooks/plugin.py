@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 from pydantic import Field as Setting
 
 from ..errors import DefinitionError, InputError, PluginError, SettingsError, explain, in_utf8
+from ..guidance.presets import within
+from .area import Area
 from .specs import KINDS, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..sampling.step import Step
 
 __all__ = ["Guide", "Plugin", "Setting", "guide"]
 
@@ -30,21 +29,9 @@ def implemented(plugin: object) -> list[str]:
 
 
 def near_hooks(name: str, cutoff: float = 0.8) -> list[str]:
-    """The hooks whose names a method's name is near to: a typo of, or some of the same words."""
-    words = set(name.split("_"))
-    same = [hook for hook in KINDS if words & set(hook.split("_"))] if cutoff < 0.8 else []
-    turned = [hook for hook in KINDS if words == set(hook.split("_"))]
-    return turned or difflib.get_close_matches(name, KINDS, n=1, cutoff=cutoff) or same
-
-
-def refuse_near_miss(owner: str, name: str) -> None:
-    """Raise where a public method's name is nearly a hook's: a typo would be silent."""
-    if near := near_hooks(name):
-        raise DefinitionError(
-            f"{owner}.{name} is not a hook. Did you mean {near[0]!r}? "
-            f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}",
-            plugin=owner,
-        )
+    """The hooks that a method's name is a typo of, or has the words of in another order."""
+    turned = [hook for hook in KINDS if set(name.split("_")) == set(hook.split("_"))]
+    return turned or difflib.get_close_matches(name, KINDS, n=1, cutoff=cutoff)
 
 
 class Plugin:
@@ -74,34 +61,35 @@ class Plugin:
         try:
             self.settings = self.Settings(**settings)
         except pydantic.ValidationError as error:
-            raise SettingsError(explain_settings(type(self), error)) from None
+            known = self.Settings.model_fields
+            problems = f"{type(self).__name__}: {explain(error, known, 'setting')}"
+            raise SettingsError(f"{problems} Settings: {', '.join(known) or 'none'}") from None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._check_settings()
-        for name, member in vars(cls).items():
-            if name in KINDS and not inspect.isfunction(member):
-                raise DefinitionError(
-                    f"{cls.__qualname__}.{name} is a {type(member).__name__}; a hook is a plain "
-                    f"method: def {name}(self, ...)",
-                    plugin=cls.__qualname__,
-                )
-            if name in KINDS:
-                hookimpl(member)
-            elif inspect.isfunction(member) and not name.startswith("_"):
-                refuse_near_miss(cls.__qualname__, name)
+        if problem := cls._definition_problem():
+            raise DefinitionError(f"{cls.__qualname__}.{problem}", plugin=cls.__qualname__)
+        for hook in KINDS.keys() & vars(cls).keys():
+            hookimpl(vars(cls)[hook])
 
     @classmethod
-    def _check_settings(cls) -> None:
-        """A guide's settings without `scale` would fail much later."""
-        owner = next(k for k in cls.__mro__ if k.__name__ in ("Plugin", "Guide") and k is not cls)
-        expected = vars(owner)["Settings"]
-        if not (inspect.isclass(cls.Settings) and issubclass(cls.Settings, expected)):
-            raise DefinitionError(
-                f"{cls.__qualname__}.Settings must inherit from {owner.__name__}.Settings; write "
-                f"class Settings({owner.__name__}.Settings): ...",
-                plugin=cls.__qualname__,
-            )
+    def _definition_problem(cls) -> str | None:
+        """What is wrong with the class, that would be silent or fail much later."""
+        base: Any = next(k for k in cls.__mro__[1:] if k.__module__ == __name__)  # Guide or Plugin
+        if not (inspect.isclass(cls.Settings) and issubclass(cls.Settings, base.Settings)):
+            settings = f"{base.__name__}.Settings"
+            return f"Settings must inherit from {settings}; write class Settings({settings}): ..."
+        for name, member in vars(cls).items():
+            method = inspect.isfunction(member)
+            if name in KINDS and not method:
+                kind = type(member).__name__
+                return f"{name} is a {kind}; a hook is a plain method: def {name}(self, ...)"
+            if name not in KINDS and method and name[0] != "_" and (near := near_hooks(name)):
+                return (
+                    f"{name} is not a hook. Did you mean {near[0]!r}? "
+                    f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}"
+                )
+        return None
 
     def __repr__(self) -> str:
         given = self.settings.model_dump(exclude_defaults=True)
@@ -111,8 +99,8 @@ class Plugin:
 class Guide(Plugin):
     """A plugin with a loss: `loss_guidance(step)` says, per image, what should be lower.
 
-    Its settings always have `scale`, `start`, `stop`, `every`, `gradient`, `mask` and `soft_edge`,
-    which the host applies, not the plugin.
+    Its settings always have `scale`, `start`, `stop`, `every`, `gradient`, `mask`, `soft_edge` and
+    `mask_edge`, which the host applies, not the plugin.
     """
 
     class Settings(Plugin.Settings):
@@ -127,7 +115,7 @@ class Guide(Plugin):
             description="stop at x0 (cheap) or go on through the network to the latents; "
             "where not given, the preset decides",
         )
-        mask: tuple[float, float, float, float] | Path | None = Setting(
+        mask: Area | None = Setting(
             None,
             description="act in a part of the picture only: a picture file, white where it acts, "
             "or a box [left, top, right, bottom] in fractions of the picture",
@@ -135,29 +123,21 @@ class Guide(Plugin):
         soft_edge: float = Setting(
             0.05, ge=0, le=1, description="how far the mask's edges fade, of the shorter side"
         )
-
-        @pydantic.field_validator("mask", mode="before")
-        @classmethod
-        def _file_or_box(cls, mask: Any) -> Any:
-            if mask is None or isinstance(mask, str | Path):
-                return mask
-            with contextlib.suppress(TypeError, ValueError):
-                box = [float(fraction) for fraction in mask]
-                if len(box) == 4 and all(0 <= fraction <= 1 for fraction in box):
-                    return box
-            raise ValueError("a picture file, or [left, top, right, bottom] from 0 to 1")
+        mask_edge: Literal["soft", "hard"] = Setting(
+            "soft",
+            description="soft: the gradient fades over soft_edge; hard: outside of the mask the "
+            "picture stays what it is without the guide",
+        )
 
     def acts_at(self, index: int, num_steps: int) -> bool:
         """Whether the settings ask for this guide at step `index` of `num_steps`."""
         settings = self.settings
-        inside = settings.start <= index / num_steps and (
-            index / num_steps < settings.stop or settings.stop == 1
-        )
+        inside = within(index / num_steps, settings.start, settings.stop)
         return bool(settings.scale != 0 and inside and index % settings.every == 0)
 
 
 def guide(
-    function: Callable[[Step], Tensor | None], *, name: str | None = None, **settings: Any
+    function: Callable[[Any], Tensor | None], *, name: str | None = None, **settings: Any
 ) -> Guide:
     """A guide from a plain function of the step: `guide(lambda step: step.rgb.var((1, 2, 3)))`.
 
@@ -167,7 +147,7 @@ def guide(
         function: the loss as in `Guide.loss_guidance`, one value per image, (B,).
         name: in errors and in the trace; None is the function's own, or "guide" for a lambda.
         settings: those of every guide: `scale`, `start`, `stop`, `every`, `gradient`, `mask`,
-            `soft_edge`.
+            `soft_edge`, `mask_edge`.
 
     Raises:
         InputError: not a function of one argument, or not a name.
@@ -179,7 +159,7 @@ def guide(
     class Function(Guide):
         __doc__ = inspect.getdoc(function)
 
-        def loss_guidance(self, step: Step) -> Tensor | None:
+        def loss_guidance(self, step: Any) -> Tensor | None:
             return function(step)
 
     Function.__name__ = own if name is None else check_name(name)
@@ -188,10 +168,8 @@ def guide(
 
 def _check_function(function: object) -> None:
     if not callable(function) or inspect.isclass(function):
-        raise InputError(
-            f"guide() takes a function of the step, such as "
-            f"lambda step: step.rgb.var(dim=(1, 2, 3)); got {function!r}"
-        )
+        example = "lambda step: step.rgb.var(dim=(1, 2, 3))"
+        raise InputError(f"guide() takes a function of the step, as {example}; got {function!r}")
     try:
         inspect.signature(function).bind("step")
     except TypeError as error:
@@ -211,55 +189,39 @@ def check_name(name: str) -> str:
     return name
 
 
-def explain_settings(plugin: type[Plugin], error: pydantic.ValidationError) -> str:
-    """What is wrong with each setting; then what there is."""
-    known = plugin.Settings.model_fields
-    problems = explain(error, known, "setting")
-    return f"{plugin.__name__}: {problems} Settings: {', '.join(known) or 'none'}"
-
-
 def check_instance(plugin: object, name: str) -> None:
     """Refuse what can never act: a class, an object without hooks, one that was never set up.
 
     Raises:
         PluginError: says what to write instead.
     """
-    kind = type(plugin).__name__
+    if problem := _instance_problem(plugin):
+        raise PluginError(f"plugin {name!r}: {problem}", plugin=name)
+
+
+def _instance_problem(plugin: object) -> str | None:
     if isinstance(plugin, type):
-        raise PluginError(
-            f"plugin {name!r}: got the class {plugin.__qualname__}; "
-            f"pass an instance: {plugin.__name__}(...)",
-            plugin=name,
-        )
-    hooks = implemented(plugin)
+        return f"got the class {plugin.__qualname__}; pass an instance: {plugin.__name__}(...)"
+    kind, hooks = type(plugin).__name__, implemented(plugin)
+    if isinstance(plugin, Plugin) and "settings" not in vars(plugin):
+        return f"{kind}.__init__ sets no settings; begin it with super().__init__(**settings)"
+    if isinstance(plugin, Guide) and hooks and "loss_guidance" not in hooks:
+        hint = _hint(type(plugin))
+        return hint and f"{kind} is a Guide without loss_guidance(). {hint}"
+    if hooks:
+        return None
+    advice = "Inherit from pilotfish.Plugin or mark its methods with @pilotfish.hookimpl."
     if isinstance(plugin, Plugin):
-        if "settings" not in vars(plugin):
-            raise PluginError(
-                f"plugin {name!r}: {kind}.__init__ sets no settings; begin it with "
-                "super().__init__(**settings)",
-                plugin=name,
-            )
-        if not hooks:
-            raise PluginError(
-                f"plugin {name!r}: {kind} implements no hook.{_hint(plugin)}", plugin=name
-            )
-    elif not hooks:
-        raise PluginError(
-            f"plugin {name!r}: {kind} implements no hook. Inherit from "
-            "pilotfish.Plugin or mark its methods with @pilotfish.hookimpl.",
-            plugin=name,
-        )
-    if isinstance(plugin, Guide) and "loss_guidance" not in hooks and (hint := _hint(plugin)):
-        raise PluginError(
-            f"plugin {name!r}: {kind} is a Guide without loss_guidance().{hint}", plugin=name
-        )
+        advice = _hint(type(plugin)) or f"Hooks: {', '.join(KINDS)}"
+    return f"{kind} implements no hook. {advice}"
 
 
-def _hint(plugin: object) -> str:
+def _hint(plugin: type[Any]) -> str:
     """The hooks that its own methods' names are near to; empty where none is."""
-    own = [n for k in type(plugin).__mro__ if k not in (Guide, Plugin, object) for n in vars(k)]
-    names = [n for n in own if n not in KINDS and callable(getattr(plugin, n))]
-    for name in (n for n in names if not n.startswith("__") and n != "Settings"):
-        if near := near_hooks(name.strip("_"), 0.5):
-            return f" Did you mean {' or '.join(near[:2])} where it has {name}()?"
-    return f" Hooks: {', '.join(KINDS)}" if not isinstance(plugin, Guide) else ""
+    own = (name for name in dir(plugin) if not hasattr(Guide, name) and name not in KINDS)
+    for name in (name for name in own if callable(getattr(plugin, name))):
+        bare = name.strip("_")
+        alike = [hook for hook in KINDS if set(bare.split("_")) & set(hook.split("_"))]
+        if near := near_hooks(bare, 0.5) or alike:
+            return f"Did you mean {' or '.join(near[:2])} where it has {name}()?"
+    return ""

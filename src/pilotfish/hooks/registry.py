@@ -9,6 +9,7 @@ commas, or `none`. It is about names: files and `module:Class` are always found.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -16,10 +17,11 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..errors import InputError, PilotfishError, PluginError, unknown
@@ -27,6 +29,7 @@ from .plugin import Plugin, check_instance, check_name, guide, implemented
 from .use import parse_use
 
 LIMIT = "PILOTFISH_PLUGINS"
+FILE_PREFIX = "pilotfish_file_"  # of the names of modules made from files
 PLUGIN_GROUP = "pilotfish.plugins"
 MODEL_GROUP = "pilotfish.models"
 COMMAND_GROUP = "pilotfish.commands"
@@ -50,6 +53,11 @@ class Installed:
     summary: str
 
     @property
+    def package(self) -> str:
+        """The distribution with its version: `pilotfish-clip 0.1.0`."""
+        return f"{self.distribution} {self.version}"
+
+    @property
     def found(self) -> bool:
         """Whether the top-level module exists; it may still fail on import."""
         return importlib.util.find_spec(self.target.split(":")[0].split(".")[0]) is not None
@@ -62,7 +70,12 @@ class Entry:
     plugin: object
     use: str
     name: str | None = None
-    version: str | None = None
+
+    @functools.cached_property
+    def version(self) -> str | None:
+        """The distribution that it comes with, as `Installed.package`; None where from a file."""
+        entries = installed().get(self.use)
+        return entries[0].package if entries else None
 
 
 def installed(group: str = PLUGIN_GROUP) -> dict[str, list[Installed]]:
@@ -71,7 +84,8 @@ def installed(group: str = PLUGIN_GROUP) -> dict[str, list[Installed]]:
     wanted = limit() if group in (PLUGIN_GROUP, COMMAND_GROUP) else None
     for entry in _entry_points(group):
         if wanted is None or entry.name in wanted:
-            found.setdefault(entry.name, []).append(_describe(entry))
+            about = Installed(entry.name, entry.value, *_about(entry.dist))
+            found.setdefault(entry.name, []).append(about)
     return dict(sorted(found.items()))
 
 
@@ -93,14 +107,11 @@ def _entry_points(group: str) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))
 
 
-def _describe(entry: EntryPoint) -> Installed:
-    about = ("unknown", "unknown", "") if entry.dist is None else _about(entry.dist)
-    return Installed(entry.name, entry.value, *about)
-
-
 @functools.cache  # each run asks for it, and a distribution parses its file at each question
-def _about(distribution: Distribution) -> tuple[str, str, str]:
+def _about(distribution: Distribution | None) -> tuple[str, str, str]:
     """Name, version and summary."""
+    if distribution is None:
+        return "unknown", "unknown", ""
     summary = str(distribution.metadata.json.get("summary", ""))
     return distribution.name, distribution.version, summary
 
@@ -115,15 +126,35 @@ def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
     choices = installed(group)
     if name not in choices:
         if group == PLUGIN_GROUP and name in hidden():
-            raise InputError(
-                f"plugin {name!r} is installed, but {LIMIT}={os.environ[LIMIT]} hides it; "
-                "name it there too, or unset the variable"
-            )
+            why = f"{LIMIT}={os.environ[LIMIT]} hides it; name it there too, or unset the variable"
+            raise InputError(f"plugin {name!r} is installed, but {why}")
         raise unknown(kind, name, choices)
     if len(choices[name]) > 1:
-        owners = " and ".join(f"{c.distribution} {c.version}" for c in choices[name])
+        owners = " and ".join(claim.package for claim in choices[name])
         raise InputError(f"two packages claim the {kind} {name!r}: {owners}. Uninstall one.")
     return choices[name][0]
+
+
+@contextlib.contextmanager
+def foreign(
+    what: str, plugin: str, hook: str | None = None, end: str = "", *, ours: bool = False
+) -> Iterator[None]:
+    """Around foreign code: whatever it raises becomes an error that tells whose it is.
+
+    Args:
+        what: the error's beginning, such as "plugin 'clip' does not import:".
+        ours: also what we raise ourselves; otherwise that goes on as it is.
+
+    Raises:
+        PluginError: with what was raised as its cause.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, PilotfishError) and not ours:
+            raise
+        message = f"{what} {type(error).__name__}: {error}{end}"
+        raise PluginError(message, plugin=plugin, hook=hook) from error
 
 
 def load_object(target: str, owner: str) -> Any:
@@ -133,14 +164,20 @@ def load_object(target: str, owner: str) -> Any:
         PluginError: the module does not import or lacks the object; names owner and cause.
     """
     module, _, attribute = target.partition(":")
-    try:
+    more = ". Reinstall or uninstall its package; `pilotfish doctor` tells more."
+    with foreign(f"{owner} does not import:", owner, end=more, ours=True):
         return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except (Exception, SystemExit) as error:  # whatever a foreign module raises on import
-        raise PluginError(
-            f"{owner} does not import: {type(error).__name__}: {error}. "
-            "Reinstall or uninstall its package; `pilotfish doctor` tells more.",
-            plugin=owner,
-        ) from error
+
+
+def load_installed(name: str, group: str = PLUGIN_GROUP) -> Any:
+    """What is installed under a name, imported.
+
+    Raises:
+        InputError: see `find`.
+        PluginError: it does not import.
+    """
+    entry = find(name, group)
+    return load_object(entry.target, f"{KINDS[group]} {name!r} ({entry.package})")
 
 
 def load_command(name: str) -> Any:
@@ -150,60 +187,56 @@ def load_command(name: str) -> Any:
         InputError: two packages claim the name.
         PluginError: its module does not import, or it is no click command.
     """
-    entry = find(name, COMMAND_GROUP)
-    owner = f"command {name!r} ({entry.distribution} {entry.version})"
-    command = load_object(entry.target, owner)
+    command = load_installed(name, COMMAND_GROUP)
     if not callable(getattr(command, "make_context", None)):
+        owner = f"command {name!r} ({find(name, COMMAND_GROUP).package})"
         raise PluginError(f"{owner} is {command!r}; expected a click command", plugin=owner)
     return command
 
 
 def load_class(use: str) -> type[Any]:
     """The plugin class that `use` names: an installed name, `file.py:Class` or `module:Class`."""
-    if ":" not in use and not use.endswith(".py"):
-        entry = find(use)
-        owner = f"plugin {use!r} ({entry.distribution} {entry.version})"
-        loaded = load_object(entry.target, owner)
-    elif re.match(r".*\.py(:|$)", use):
-        path, _, name = use.rpartition(":") if not use.endswith(".py") else (use, "", "")
-        loaded = _class_in_file(Path(path), name)
-    else:
+    if file := re.fullmatch(r"(.*\.py)(?::(.*))?", use):
+        loaded = _class_in_file(Path(file[1]), file[2])
+    elif ":" in use:
         loaded = load_object(use, f"plugin {use!r}")
+    else:
+        loaded = load_installed(use)
     if not inspect.isclass(loaded):
         raise PluginError(f"plugin {use!r} is {loaded!r}; expected a class", plugin=use)
     return loaded
 
 
-def _class_in_file(path: Path, name: str) -> type[Any]:
+def _class_in_file(path: Path, name: str | None) -> type[Any]:
     """Import a single file; without a class name, its only `Plugin` subclass."""
     if not path.is_file():
         raise InputError(f"no plugin file {path}; expected PATH.py:Class")
-    module_name = f"pilotfish_file_{path.stem}_{abs(hash(path.resolve()))}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise InputError(f"{path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # whatever the user's file raises
-            del sys.modules[module_name]
-            raise PluginError(
-                f"plugin file {path} does not import: {type(error).__name__}: {error}",
-                plugin=str(path),
-            ) from error
-    members = vars(sys.modules[module_name])
+    module = _file_as_module(path)
     classes = {
         n: c
-        for n, c in members.items()
-        if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module_name
+        for n, c in vars(module).items()
+        if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module.__name__
     }
     if not name and len(classes) == 1:
-        return next(iter(classes.values()))
+        (name,) = classes
     if name not in classes:
-        raise unknown(f"plugin class in {path}", name, classes)
+        raise unknown(f"plugin class in {path}", name or "", classes)
     return classes[name]
+
+
+def _file_as_module(path: Path) -> ModuleType:
+    """The module of a file, run once."""
+    name = f"{FILE_PREFIX}{path.stem}_{abs(hash(path.resolve()))}"
+    if name not in sys.modules:
+        spec: Any = importlib.util.spec_from_file_location(name, path)  # a .py file has one
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            with foreign(f"plugin file {path} does not import:", str(path), ours=True):
+                spec.loader.exec_module(sys.modules[name])
+        except PluginError:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def resolve(item: object) -> Entry:
@@ -227,28 +260,17 @@ def resolve(item: object) -> Entry:
     if callable(item) and not inspect.isclass(item) and not implemented(item):
         item = guide(item)
     check_instance(item, type(item).__name__)
-    return Entry(item, use=use_of(type(item)), version=_version(use_of(type(item))))
+    return Entry(item, use_of(type(item)))
 
 
 def _make(use: str, name: str | None, settings: Mapping[str, Any]) -> Entry:
     if name is not None:
         check_name(name)
     loaded = load_class(use)
-    try:
+    with foreign(f"plugin {use!r} cannot be made:", use):
         plugin = loaded(**settings)
-    except PilotfishError:
-        raise
-    except (Exception, SystemExit) as error:  # a plugin is foreign code
-        raise PluginError(
-            f"plugin {use!r} cannot be made: {type(error).__name__}: {error}", plugin=use
-        ) from error
     check_instance(plugin, use)
-    return Entry(plugin, use=use, name=name, version=_version(use))
-
-
-def _version(use: str) -> str | None:
-    entries = installed().get(use)
-    return f"{entries[0].distribution} {entries[0].version}" if entries else None
+    return Entry(plugin, use, name)
 
 
 def use_of(plugin: type[Any]) -> str:
@@ -262,6 +284,6 @@ def use_of(plugin: type[Any]) -> str:
             return name
     if plugin.__module__ == "__main__" or "<locals>" in plugin.__qualname__:
         return ""
-    if plugin.__module__.startswith("pilotfish_file_"):
+    if plugin.__module__.startswith(FILE_PREFIX):
         return f"{inspect.getfile(plugin)}:{plugin.__qualname__}"
     return target

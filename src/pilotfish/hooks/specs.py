@@ -31,15 +31,28 @@ if TYPE_CHECKING:
 
     from ..models.protocol import Embedding
     from ..runs.run import Run
-    from ..sampling.start import Start
+    from ..sampling.schedule import Start
     from ..sampling.step import Step
 
 hookspec = pluggy.HookspecMarker("pilotfish")
 hookimpl = pluggy.HookimplMarker("pilotfish")
 """Marks the hooks of an object that inherits from no `Plugin`: a decorator of its methods."""
 
+KINDS: dict[str, str] = {}
+"""All hooks, and how the answers of several plugins to each of them combine."""
 
-@hookspec
+
+def combined(kind: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare a hook whose answers combine so."""
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        KINDS[function.__name__] = kind
+        return hookspec(function)
+
+    return declare
+
+
+@combined("notify")
 def setup(run: Run) -> Any:
     """Once, before anything else of the run: load what the plugin needs.
 
@@ -48,7 +61,7 @@ def setup(run: Run) -> Any:
     """
 
 
-@hookspec
+@combined("notify")
 def teardown(run: Run, state: Any) -> None:
     """Notify, once, in reverse order: free what `setup` loaded. Called also when the run raised.
 
@@ -57,7 +70,7 @@ def teardown(run: Run, state: Any) -> None:
     """
 
 
-@hookspec
+@combined("collect")
 def vocabulary(run: Run, state: Any) -> dict[str, Any] | None:
     """Collect, once, before tokenising: new words for this run only.
 
@@ -68,12 +81,12 @@ def vocabulary(run: Run, state: Any) -> dict[str, Any] | None:
     """
 
 
-@hookspec
+@combined("chain")
 def prompt_transform(prompt: str, run: Run, state: Any) -> str | None:
     """Chain, once for the prompt, before tokenising: text -> text. Not for the negative prompt."""
 
 
-@hookspec
+@combined("chain")
 def embedding_transform(
     embedding: Embedding,
     run: Run,
@@ -101,7 +114,7 @@ def embedding_transform(
     """
 
 
-@hookspec
+@combined("first")
 def start_latents(run: Run, start: Start, state: Any) -> tuple[Tensor, int] | None:
     """First, once: where the run starts. The core's answer is pure noise at step 0.
 
@@ -113,7 +126,7 @@ def start_latents(run: Run, start: Start, state: Any) -> tuple[Tensor, int] | No
     """
 
 
-@hookspec
+@combined("chain")
 def before_step(step: Step, state: Any) -> Tensor | None:
     """Chain, each step, before the network: new latents (B, C, H, W) for `step.latents`.
 
@@ -121,7 +134,7 @@ def before_step(step: Step, state: Any) -> Tensor | None:
     """
 
 
-@hookspec
+@combined("chain")
 def network_inputs(inputs: Mapping[str, Any], step: Step, state: Any) -> Mapping[str, Any] | None:
     """Chain, before each call of the network: keyword arguments that are added to the call.
 
@@ -134,7 +147,7 @@ def network_inputs(inputs: Mapping[str, Any], step: Step, state: Any) -> Mapping
     """
 
 
-@hookspec
+@combined("collect")
 def around_network(step: Step, state: Any) -> AbstractContextManager[Any] | None:
     """Collect, around each call of the network in this run, and in no other: a context manager.
 
@@ -144,7 +157,7 @@ def around_network(step: Step, state: Any) -> AbstractContextManager[Any] | None
     """
 
 
-@hookspec
+@combined("chain")
 def combine_predictions(
     prediction: Tensor, cond: Tensor, uncond: Tensor | None, step: Step, state: Any
 ) -> Tensor | None:
@@ -162,7 +175,7 @@ def combine_predictions(
     """
 
 
-@hookspec
+@combined("chain")
 def on_predicted_x0(x0: Tensor, step: Step, state: Any) -> Tensor | None:
     """Chain, each step, when x0 is known: clean latents (B, C, H, W), float32 -> the same shape.
 
@@ -170,7 +183,7 @@ def on_predicted_x0(x0: Tensor, step: Step, state: Any) -> Tensor | None:
     """
 
 
-@hookspec
+@combined("collect")
 def loss_guidance(step: Step, state: Any) -> Tensor | None:
     """Collect, each step on which the guide is active: what the guide wants lower.
 
@@ -182,17 +195,17 @@ def loss_guidance(step: Step, state: Any) -> Tensor | None:
     """
 
 
-@hookspec
+@combined("first")
 def advance(step: Step, state: Any) -> Tensor | None:
     """First, each step, last: the next latents. The core's answer is `scheduler.step`."""
 
 
-@hookspec
+@combined("notify")
 def after_step(step: Step, state: Any) -> None:
     """Notify, each step, when it is done: previews, logs. `step.stop()` ends the run early."""
 
 
-@hookspec
+@combined("first")
 def resample(step: Step, state: Any) -> Sequence[int] | Tensor | None:
     """First, each step, after `after_step`: which images go on, and in whose place (particles).
 
@@ -200,22 +213,3 @@ def resample(step: Step, state: Any) -> Sequence[int] | Tensor | None:
         (B,) indices: place i goes on as image `indices[i]` has come so far. Latents, the random
         generators of the run and of all plugins, and the scheduler's history follow.
     """
-
-
-KINDS = {
-    "setup": "notify",
-    "teardown": "notify",
-    "vocabulary": "collect",
-    "prompt_transform": "chain",
-    "embedding_transform": "chain",
-    "start_latents": "first",
-    "before_step": "chain",
-    "network_inputs": "chain",
-    "around_network": "collect",
-    "combine_predictions": "chain",
-    "on_predicted_x0": "chain",
-    "loss_guidance": "collect",
-    "advance": "first",
-    "after_step": "notify",
-    "resample": "first",
-}

@@ -6,24 +6,28 @@ returned what. So calls are folded here over its `get_hookimpls()`, in the user'
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pluggy
 from torch import Tensor
 
-from ..errors import InputError, PilotfishError, PluginError
+from ..errors import InputError, PluginError
 from . import specs
 from .plugin import Plugin
-from .registry import Entry, resolve
+from .registry import Entry, foreign, resolve
 
 # The values a hook may ask for, by argument name, for the plugin of that name and a chain's value.
 Arguments = Callable[[str, Any], dict[str, Any]]
+Named = tuple[str, Any]  # a plugin's name, and the plugin or its answer
+# What is wrong with an answer; of a chain, with it and the value that it follows.
+Check = Callable[[Any], str | None]
 Problem = Callable[[Any, Any], str | None]
 
 
@@ -55,13 +59,11 @@ class Stack:
     def __init__(self, items: Sequence[object] = ()) -> None:
         if isinstance(items, str) or not isinstance(items, Sequence):
             raise InputError(f"plugins must be a list; got {items!r}")
-        entries = [item if isinstance(item, Entry) else resolve(item) for item in items]
-        self.entries = by_name(entries)
+        self.entries = by_name([i if isinstance(i, Entry) else resolve(i) for i in items])
         self._manager = pluggy.PluginManager("pilotfish")
         self._manager.add_hookspecs(specs)
         for name, entry in self.entries.items():
-            self._register(name, entry)
-        self._check_pending()
+            self._register(name, entry.plugin)
         self.calls = {hook: self._calls(hook) for hook in specs.KINDS}
         self._states: dict[str, Any] = {}
 
@@ -70,48 +72,33 @@ class Stack:
         entries = self.entries.items()
         return Stack([dataclasses.replace(e, name=n) for n, e in entries if n not in names])
 
-    def _register(self, name: str, entry: Entry) -> None:
+    def _register(self, name: str, plugin: object) -> None:
         try:
-            self._manager.register(entry.plugin, name)
-        except pluggy.PluginValidationError as error:
-            hooks = [hook for hook in specs.KINDS if f"hook {hook!r}" in str(error)]
-            takes = "".join(
-                f". {h} takes: {', '.join(inspect.signature(getattr(specs, h)).parameters)}"
-                for h in hooks
-            )
-            raise PluginError(
-                f"{self.label(name)}: {str(error).splitlines()[-1]}{takes}", plugin=name
-            ) from error
-        except ValueError as error:
-            raise InputError(
-                f"{self.label(name)} stands in the list twice as one object; make two instances"
-            ) from error
-
-    def _check_pending(self) -> None:
-        try:
+            self._manager.register(plugin, name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            name = str(self._manager.get_name(error.plugin))
-            raise PluginError(
-                f"{self.label(name)}: {error}. Hooks: {', '.join(specs.KINDS)}", plugin=name
-            ) from error
+            what = str(error).splitlines()[-1]
+            known = f"Hooks: {', '.join(specs.KINDS)}"
+            if hook := next((h for h in specs.KINDS if f"hook {h!r}" in str(error)), None):
+                known = f"{hook} takes: {', '.join(signature(getattr(specs, hook)).parameters)}"
+            raise PluginError(f"{self.label(name)}: {what}. {known}", plugin=name) from error
+        except ValueError as error:
+            twice = "stands in the list twice as one object; make two instances"
+            raise InputError(f"{self.label(name)} {twice}") from error
 
     def _calls(self, hook: str) -> tuple[Call, ...]:
-        order = list(self.entries)
-        caller = getattr(self._manager.hook, hook)
-        implementations = sorted(caller.get_hookimpls(), key=lambda i: order.index(i.plugin_name))
-        for i in implementations:
+        """In the user's order."""
+        found = {i.plugin_name: i for i in getattr(self._manager.hook, hook).get_hookimpls()}
+        for name, i in found.items():
             if i.wrapper or i.hookwrapper:
-                raise PluginError(
-                    f"{self.label(i.plugin_name)}: {hook} is a wrapper; pilotfish has none",
-                    plugin=i.plugin_name,
-                )
+                self.blame(name, hook, "is a wrapper; pilotfish has none")
         return tuple(
-            Call(i.plugin_name, i.plugin, hook, i.function, tuple(i.argnames))
-            for i in implementations
+            Call(name, i.plugin, hook, i.function, tuple(i.argnames))
+            for name in self.entries
+            if (i := found.get(name))
         )
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
+    def __iter__(self) -> Iterator[Named]:
         return ((name, entry.plugin) for name, entry in self.entries.items())
 
     def __len__(self) -> int:
@@ -119,10 +106,8 @@ class Stack:
 
     def tables(self) -> tuple[dict[str, Any], ...]:
         """The plugins as a run file holds them: `use`, `name` and all settings."""
-        return tuple(
-            {"use": entry.use, "name": name, **_settings(entry.plugin)}
-            for name, entry in self.entries.items()
-        )
+        entries = self.entries.items()
+        return tuple({"use": e.use, "name": n, **_settings(e.plugin)} for n, e in entries)
 
     def label(self, name: str) -> str:
         """The plugin as errors name it: `plugin 'clip' (pilotfish-clip 0.1.0)`."""
@@ -136,17 +121,9 @@ class Stack:
     def call(self, call: Call, values: dict[str, Any], where: str = "") -> Any:
         """One plugin's answer; whatever it raises names the plugin, the hook and the step."""
         values["state"] = self._states.get(call.name)
-        try:
+        what = f"{self.label(call.name)}: {call.hook}() raised"
+        with foreign(what, call.name, call.hook, where):
             return call(values)
-        except PilotfishError:
-            raise
-        except (Exception, SystemExit) as error:  # a plugin is foreign code
-            raise PluginError(
-                f"{self.label(call.name)}: {call.hook}() raised {type(error).__name__}: "
-                f"{error}{where}",
-                plugin=call.name,
-                hook=call.hook,
-            ) from error
 
     def setup(self, arguments: Arguments) -> None:
         """Set all up, in order; what each answers is its state."""
@@ -158,16 +135,12 @@ class Stack:
         for call in self.calls[hook]:
             self.call(call, arguments(call.name, None), where)
 
-    def first(
-        self, hook: str, arguments: Arguments, problem: Callable[[Any], str | None], where: str = ""
-    ) -> Any:
+    def first(self, hook: str, arguments: Arguments, problem: Check, where: str = "") -> Any:
         """The first answer that is not `None`, checked by `problem`; `None` if nobody answers."""
-        for call in self.calls[hook]:
-            answer = self.call(call, arguments(call.name, None), where)
-            if answer is not None:
-                if what := problem(answer):
-                    self.blame(call.name, hook, what, where)
-                return answer
+        for name, answer in self.collect(hook, arguments, where):
+            if what := problem(answer):
+                self.blame(name, hook, what, where)
+            return answer
         return None
 
     def chain(
@@ -178,18 +151,14 @@ class Stack:
             version = getattr(value, "_version", None)
             answer = self.call(call, arguments(call.name, value), where)
             if getattr(value, "_version", None) != version:
-                self.blame(
-                    call.name, hook, "changed its input in place; return a new tensor", where
-                )
+                self.blame(call.name, hook, "changed its input in place; return a new one", where)
             if answer is not None:
                 if what := problem(answer, value):
                     self.blame(call.name, hook, what, where)
                 value = answer
         return value
 
-    def collect(
-        self, hook: str, arguments: Arguments, where: str = ""
-    ) -> Iterator[tuple[str, Any]]:
+    def collect(self, hook: str, arguments: Arguments, where: str = "") -> Iterator[Named]:
         """All answers that are not `None`, one after the other, each with the plugin's name."""
         for call in self.calls[hook]:
             answer = self.call(call, arguments(call.name, None), where)
@@ -197,15 +166,10 @@ class Stack:
                 yield call.name, answer
 
     def teardown(self, arguments: Arguments) -> None:
-        """Tear all down, in reverse, whatever they raise; then raise the first error."""
-        errors = []
-        for call in reversed(self.calls["teardown"]):
-            try:
-                self.call(call, arguments(call.name, None))
-            except PilotfishError as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        """Tear all down, in reverse, whatever they raise; then raise the last error."""
+        with contextlib.ExitStack() as undone:
+            for call in self.calls["teardown"]:
+                undone.callback(self.call, call, arguments(call.name, None))
 
 
 def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
@@ -215,11 +179,8 @@ def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
         if entry.name in named:
             raise InputError(f"two plugins are named {entry.name!r}; give each a name of its own")
         base = entry.name or _own_name(entry)
-        name, count = base, 1
-        while name in named:
-            count += 1
-            name = f"{base}#{count}"
-        named[name] = entry
+        names = (base, *(f"{base}#{number}" for number in range(2, len(entries) + 1)))
+        named[next(name for name in names if name not in named)] = entry
     return named
 
 
@@ -238,7 +199,7 @@ def tensor_problem(answer: Any, old: Tensor) -> str | None:
     if not isinstance(answer, Tensor):
         return f"returned {type(answer).__name__}; expected a tensor or None"
     for what in ("shape", "dtype", "device"):
-        came, expected = getattr(answer, what), getattr(old, what)
+        came, expected = (getattr(tensor, what) for tensor in (answer, old))
         if came != expected:
             came, expected = (tuple(v) if what == "shape" else v for v in (came, expected))
             return f"returned {what} {came}; expected {expected}, like its input"

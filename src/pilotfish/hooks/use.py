@@ -25,12 +25,12 @@ def parse_use(text: str) -> tuple[str, dict[str, Any]]:
         raise InputError(f"expected NAME or NAME:setting=value,...; got {text!r}")
     settings = {}
     for part in split_outside(settings_text, ",") if settings_text.strip() else []:
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
+        key, equals, value = map(str.strip, part.partition("="))
+        if not equals or not key:
             raise InputError(f"expected setting=value in {text!r}; got {part!r}")
-        if key.strip() in settings:
-            raise InputError(f"setting {key.strip()!r} is given twice in {text!r}")
-        settings[key.strip()] = parse_value(value.strip())
+        if key in settings:
+            raise InputError(f"setting {key!r} is given twice in {text!r}")
+        settings[key] = parse_value(value)
     return use, settings
 
 
@@ -40,7 +40,7 @@ def parse_value(text: str) -> Any:
         return text[1:-1]
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
-        return [parse_value(part.strip()) for part in split_outside(inner, ",")] if inner else []
+        return [parse_value(part) for part in split_values(inner)] if inner else []
     if text.startswith("{") and text.endswith("}"):
         pairs = [split_outside(part, "=", limit=2) for part in split_outside(text[1:-1], ",")]
         if any(len(pair) != 2 for pair in pairs):

@@ -7,12 +7,15 @@ than the layers' inputs, and what is in memory while one is computed again is li
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+from .protocol import Again
 
 AUTO_PARAMETERS = 100_000_000  # below, activations fit anyway and speed counts
 
@@ -22,19 +25,14 @@ PARTS = {
     "BasicTransformerBlock",
 }
 
-Again = Callable[[], contextlib.AbstractContextManager[Any] | None]
-
 
 def parts(network: Any) -> list[Any]:
     """The modules of a network that are computed again, none inside another."""
-    if type(network).__name__ in PARTS or _is_short_transformer(network):
+    kind = type(network).__name__
+    # A transformer of one block, as Stable Diffusion 1.x and 2.x have, is a layer like another.
+    if kind in PARTS or (kind == "Transformer2DModel" and len(network.transformer_blocks) == 1):
         return [network]
     return [part for child in network.children() for part in parts(child)]
-
-
-def _is_short_transformer(module: Any) -> bool:
-    """A transformer of one block, as Stable Diffusion 1.x and 2.x have: a layer like another."""
-    return type(module).__name__ == "Transformer2DModel" and len(module.transformer_blocks) == 1
 
 
 def checkpoint_layers(network: Any, checkpointing: str, again: Again) -> None:
@@ -53,17 +51,12 @@ def checkpoint_layers(network: Any, checkpointing: str, again: Again) -> None:
 def _computed_again(forward: Callable[..., Any], draws: bool, again: Again) -> Callable[..., Any]:
     """A module's `forward`; one that draws (dropout in training) must draw the same again."""
 
+    layer = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=draws)
+
     def keeping_inputs(*args: Any, **kwargs: Any) -> Any:
         around = again() if torch.is_grad_enabled() else None
         if around is None:
             return forward(*args, **kwargs)
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=draws,
-            context_fn=lambda: (contextlib.nullcontext(), around),
-            **kwargs,
-        )
+        return layer(*args, context_fn=lambda: (nullcontext(), around), **kwargs)
 
     return keeping_inputs

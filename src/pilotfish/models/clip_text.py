@@ -6,19 +6,18 @@ token embeddings are changed by a hook for the time of one call, on this run's o
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import InputError
-from .protocol import Embedding, Role, Tokens
+from .protocol import Embedding, OnToken, Role, Tokens
 
 # Tokenizers keep truncation and padding in themselves: two threads would change each other's.
 _one_at_a_time = threading.Lock()
@@ -71,8 +70,7 @@ class ClipText:
         for number, (word, values) in enumerate(words.items()):
             if word in known:
                 raise InputError(
-                    f"the word {word!r} cannot be added: {self.name} already knows it. "
-                    "Choose another token."
+                    f"the word {word!r} cannot be added: {self.name} knows it already; take another"
                 )
             pieces = [f"<|pilotfish-{number}-{i}|>" for i in range(len(values))]
             tokenizer.add_tokens(pieces)
@@ -92,32 +90,20 @@ class ClipText:
             UserWarning: the prompt is longer than the encoder takes; names the words that are
                 dropped.
         """
-        text = self._spell(text)
         with _one_at_a_time:
-            text = self.prepare(text)
-            found = self.tokenizer(
-                text,
-                padding="max_length",
-                max_length=self.length,
-                truncation=True,
-                return_tensors="pt",
-            )
+            text = self.prepare(self._spell(text))
+            found = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
             whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
         if len(whole) > self.length:
             dropped = self.tokenizer.decode(whole[self.length - 1 : -1])
-            warnings.warn(
-                f"the prompt is {len(whole) - 2} tokens long; {self.name} takes "
-                f"{self.length - 2}. Dropped: {dropped!r}",
-                UserWarning,
-                stacklevel=2,
-            )
-        ids, used = found.input_ids, int(found.attention_mask.sum())
-        numbers = ids[0].tolist()
-        plain = zip(numbers, self.tokenizer.convert_ids_to_tokens(numbers), strict=True)
-        pieces = [self.vectors[n][1] if n in self.vectors else piece for n, piece in plain]
-        added = {at: self.vectors[n][0] for at, n in enumerate(numbers) if n in self.vectors}
-        for position in added:
-            ids[0, position] = 0
+            takes = f"{self.name} takes {self.length - 2}. Dropped: {dropped!r}"
+            warnings.warn(f"the prompt is {len(whole) - 2} tokens long; {takes}", stacklevel=2)
+        ids, used, added = found.input_ids, int(found.attention_mask.sum()), {}
+        pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
+        for at, number in enumerate(ids[0].tolist()):
+            if number in self.vectors:
+                added[at], pieces[at] = self.vectors[number]
+                ids[0, at] = 0
         return Tokens(ids, tuple(pieces), used, added)
 
     def _spell(self, text: str) -> str:
@@ -128,55 +114,27 @@ class ClipText:
         """
         if not self.words:
             return text
-        own = [w for w in self.tokenizer.get_added_vocab() if w not in self.words]
+        exact = {**{own: own for own in self.tokenizer.get_added_vocab()}, **self.words}
         lower = {word.lower(): pieces for word, pieces in self.words.items()}
         same = self.tokenizer.tokenize("A") == self.tokenizer.tokenize("a")
-        choices = sorted([*self.words, *own], key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, choices)), re.IGNORECASE if same else 0)
+        longest_first = "|".join(map(re.escape, sorted(exact, key=len, reverse=True)))
+        pattern = re.compile(longest_first, re.IGNORECASE if same else 0)
+        return pattern.sub(lambda m: exact.get(m[0]) or lower.get(m[0].lower(), m[0]), text)
 
-        def spelled(match: re.Match[str]) -> str:
-            found = match[0]
-            if found in own:
-                return found
-            return self.words.get(found) or lower.get(found.lower(), found)
-
-        return pattern.sub(spelled, text)
-
-    def encode(
-        self, tokens: Tokens, role: Role, on_token: Callable[[Embedding], Embedding]
-    ) -> Embedding:
+    def encode(self, tokens: Tokens, role: Role, on_token: OnToken) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
 
-        def at_token_stage(values: Tensor) -> Tensor:
-            if tokens.added:
-                values = values.clone()
+        def at_token_stage(_module: Any, _inputs: Any, values: Tensor) -> Tensor:
+            handle.remove()  # `on_token` may ask the module for more, and gets it as it is
+            values = values.clone()
             for position, vector in tokens.added.items():
                 values[:, position] = vector.to(values)
             return on_token(Embedding("token", role, values, None, tokens.pieces, self.name)).values
 
-        with _hooked(self.network.get_input_embeddings(), at_token_stage):
+        handle = self.network.get_input_embeddings().register_forward_hook(at_token_stage)
+        try:
             output = self.network(tokens.ids.to(self.network.device), attention_mask=None)
+        finally:
+            handle.remove()
         pooled = output[1] if len(output) > 1 else None
         return Embedding("prompt", role, output[0], pooled, tokens.pieces, self.name)
-
-
-@contextlib.contextmanager
-def _hooked(module: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change what a module returns while the context lasts; not what it returns within `change`."""
-    busy = False
-
-    def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor | None:
-        nonlocal busy
-        if busy:
-            return None
-        busy = True
-        try:
-            return change(output)
-        finally:
-            busy = False
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

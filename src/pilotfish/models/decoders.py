@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,19 +64,16 @@ def locate_tiny(place: str, folder: Path | None) -> str:
     Raises:
         InputError: there is none.
     """
-    if not place:
-        own = folder / "tiny_vae" if folder else None
-        if own is None or not own.is_dir():
-            raise InputError(
-                f"decoder 'tiny' takes the model's own: {own or 'a folder tiny_vae/'}, which does "
-                "not exist. Name an AutoencoderTiny made for this model's latents, "
-                "decoder='tiny:FOLDER_OR_HUB_ID' (tiny:madebyollin/taesd for Stable Diffusion 1.x "
-                "and 2.x), or use 'linear'"
-            )
-        return str(own)
-    if place.startswith((".", "/", "~")) and not Path(place).expanduser().is_dir():
+    target = os.path.expanduser(place or f"{folder or 'FOLDER'}/tiny_vae")
+    if not place and not os.path.isdir(target):
+        raise InputError(
+            f"decoder 'tiny' takes the model's own, {target}, which does not exist. Name an "
+            "AutoencoderTiny made for this model's latents, decoder='tiny:FOLDER_OR_HUB_ID' "
+            "(tiny:madebyollin/taesd for Stable Diffusion 1.x and 2.x), or use 'linear'"
+        )
+    if place.startswith((".", "/", "~")) and not os.path.isdir(target):
         raise InputError(f"decoder 'tiny:{place}': no such folder")
-    return str(Path(place).expanduser()) if place.startswith("~") else place
+    return target
 
 
 def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> Any:
@@ -97,8 +95,7 @@ def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> An
     if (own.latent_channels, enlarges) != (channels, factor):
         raise ModelError(
             f"the AutoencoderTiny {target!r} takes latents of {own.latent_channels} channels and "
-            f"enlarges {enlarges} times; this model's have {channels}, enlarged {factor} times. It "
-            "was made for another model family"
+            f"enlarges {enlarges} times; this model's have {channels}, enlarged {factor} times"
         )
     return tiny.eval().requires_grad_(False)
 

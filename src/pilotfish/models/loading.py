@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError, ModelError, PilotfishError, unknown
+from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
@@ -18,37 +18,27 @@ from .schedulers import diffusers
 import transformers  # isort: skip  # after torchvision is mended
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Those options of `from_pretrained` that say where to find a model.
+PLACE = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 def load(
-    model: str | Path | None = None,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    **options: Any,
+    model: Any = None, *, device: Any = None, dtype: Any = None, **options: Any
 ) -> LatentDiffusion:
     """Load the networks; see `pilotfish.load`."""
     device, target, number_format = parse_device(device), locate(model), parse_dtype(dtype)
     with _quiet():
         try:
             # The model's index alone: what cannot be used is not downloaded.
-            index = diffusers.DiffusionPipeline.load_config(target, **_place(options))
+            place = {name: options[name] for name in PLACE if name in options}
+            index = diffusers.DiffusionPipeline.load_config(target, **place)
             family = family_of(str(index.get("_class_name", "")), f"model {str(model or target)!r}")
-            kind = getattr(diffusers, index["_class_name"])
             options = {"dtype": number_format, **family.pipeline_options, **options}
-            pipeline = kind.from_pretrained(target, **options)
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(target, **options)
         except (OSError, ValueError) as error:
-            if isinstance(error, PilotfishError):
-                raise
             raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return adapt(pipeline.to(device), id=str(model) if model else "emoji")
-
-
-def _place(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What says where to find a model."""
-    names = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
-    return {name: options[name] for name in names if name in options}
 
 
 def adapt(pipeline: Any, id: str | None = None) -> LatentDiffusion:
@@ -97,11 +87,10 @@ def locate(model: str | Path | None) -> str:
         )
     place = Path(os.path.expanduser(name))
     if place.is_file() or place.suffix in (".safetensors", ".ckpt", ".bin"):
-        what = "is one file" if place.is_file() else "would be one file, and does not exist"
         raise InputError(
-            f"{name} {what}; pilotfish loads a folder in the diffusers layout, or a hub id. Make "
-            f"one of a whole checkpoint: diffusers.StableDiffusionPipeline.from_single_file("
-            f"{str(place)!r}).save_pretrained('FOLDER')"
+            f"{name} is one file; expected a folder in the diffusers layout, or a hub id. Make a "
+            f"folder of it: diffusers.StableDiffusionPipeline.from_single_file({str(place)!r})"
+            ".save_pretrained('FOLDER')"
         )
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
@@ -109,43 +98,38 @@ def locate(model: str | Path | None) -> str:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A number format from its name; None is float32."""
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype}")
-    return dtype
+    """A number format from its name; None is float32.
+
+    Raises:
+        InputError: there is none of that name, or no model runs in it; names those that there are.
+    """
+    name = str(dtype or torch.float32).removeprefix("torch.")
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return DTYPES[name]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no advice from diffusers and transformers; downloads keep their bars."""
-    loggers = [library.utils.logging for library in (diffusers, transformers)]
-    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in loggers]
-    for log in loggers:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for log in (diffusers.utils.logging, transformers.utils.logging):
+            afterwards.callback(log.set_verbosity, log.get_verbosity())
+            if log.is_progress_bar_enabled():
+                afterwards.callback(log.enable_progress_bar)
+            log.set_verbosity_error()
+            log.disable_progress_bar()
         yield
-    finally:
-        for log, (verbosity, bars) in zip(loggers, before, strict=True):
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """A device from its name; None is the best there is.
+    """A device from its name; None is the accelerator that there is, or the CPU.
 
     Raises:
         InputError: there is no such device here.
     """
     if device is None:
-        return _best_device()
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         parsed = torch.device(device)
         torch.empty(0, device=parsed)  # a driver says only now that it has no such device
@@ -155,9 +139,3 @@ def parse_device(device: str | torch.device | None) -> torch.device:
             "`pilotfish doctor` lists what there is."
         ) from error
     return parsed
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

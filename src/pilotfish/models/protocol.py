@@ -7,20 +7,23 @@ in the family.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import ModelError
 
 Role = Literal["positive", "negative"]
+Generators = Sequence[torch.Generator]  # one for each image
+Again = Callable[[], AbstractContextManager[Any] | None]  # see `LatentDiffusion.differentiable`
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Tokens:
     added: Mapping[int, Tensor]
 
 
+OnToken = Callable[[Embedding], Embedding]
+
+
 class TextEncoder(Protocol):
     """One text encoder of a model with its tokenizer.
 
@@ -94,9 +100,7 @@ class TextEncoder(Protocol):
             UserWarning: words were dropped; names them.
         """
 
-    def encode(
-        self, tokens: Tokens, role: Role, on_token: Callable[[Embedding], Embedding]
-    ) -> Embedding:
+    def encode(self, tokens: Tokens, role: Role, on_token: OnToken) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
 
 
@@ -116,12 +120,8 @@ class Conditioning:
 
     def expand(self, num_images: int) -> Conditioning:
         """The same prompt for each image."""
-        return Conditioning(
-            {
-                name: t.expand(num_images, *t.shape[1:]) if len(t) == 1 else t
-                for name, t in self.tensors.items()
-            }
-        )
+        every = {name: t.expand(num_images, *t.shape[1:]) for name, t in self.tensors.items()}
+        return Conditioning(every)
 
     def cat(self, other: Conditioning) -> Conditioning:
         """Both along the batch, this one first; where T differs, padded and with a mask."""
@@ -135,12 +135,8 @@ class Conditioning:
         values = self["values"]
         mask = self.tensors.get("mask", torch.ones_like(values[..., 0], dtype=torch.bool))
         more = length - values.shape[1]
-        pad = torch.nn.functional.pad
-        return {
-            **self.tensors,
-            "values": pad(values, (0, 0, 0, more)) if more else values,
-            "mask": pad(mask, (0, more)) if more else mask,
-        }
+        padded = {"values": pad(values, (0, 0, 0, more)), "mask": pad(mask, (0, more))}
+        return {**self.tensors, **padded}
 
 
 @dataclass(frozen=True)
@@ -186,10 +182,9 @@ class Defaults:
         steps, scale = (takes[n].default for n in ("num_inference_steps", "guidance_scale"))
         values = {"steps": steps, "guidance_scale": scale, "height": height, "width": width}
         file = folder / "pilotfish.toml" if folder else None
-        if file is None or not file.is_file():
-            return cls(**values)
         try:
-            return cls(**{**values, **tomllib.loads(file.read_text(encoding="utf-8"))})
+            text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
+            return cls(**{**values, **tomllib.loads(text)})
         except (ValueError, TypeError) as error:
             keys = ", ".join(cls.__dataclass_fields__)
             raise ModelError(f"cannot read {file}, a TOML file with {keys}: {error}") from error
@@ -232,9 +227,7 @@ class LatentDiffusion(Protocol):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H, W) for a size in pixels."""
 
-    def noise(
-        self, shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
-    ) -> Tensor:
+    def noise(self, shape: Sequence[int], generators: Generators, dtype: torch.dtype) -> Tensor:
         """Noise (B, C, H, W) on the CPU, drawn as the family's pipeline draws it."""
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
@@ -261,7 +254,7 @@ class LatentDiffusion(Protocol):
     def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
         """`decode`, or what stands in for it where guides look; see `Run.decoder`."""
 
-    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+    def encode(self, image: Tensor, generator: Generators | None = None) -> Tensor:
         """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents.
 
         Args:
@@ -272,13 +265,7 @@ class LatentDiffusion(Protocol):
     def rgb(self, latents: Tensor) -> Tensor:
         """Clean latents -> linear estimate of the colours at latent size (B, 3, H, W)."""
 
-    def differentiable(
-        self,
-        checkpointing: str,
-        again: Callable[[], contextlib.AbstractContextManager[Any] | None] = (
-            contextlib.nullcontext
-        ),
-    ) -> LatentDiffusion:
+    def differentiable(self, checkpointing: str, again: Again = nullcontext) -> LatentDiffusion:
         """The same model as one run uses it: on copies of the modules over the same weights.
 
         They are frozen, and checkpointed if asked; what is patched in them nobody else sees.

@@ -17,7 +17,7 @@ from .torchvision import mend_torchvision
 
 mend_torchvision()
 
-import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
+import diffusers as diffusers  # noqa: E402  # after the declaration, because it imports torchvision
 from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 
 NONE = "none"  # TOML has no null

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +15,13 @@ from torch import Tensor
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
-from .checkpointing import Again, checkpoint_layers
+from .checkpointing import checkpoint_layers
 from .clip_text import ClipText
 from .copies import offload_hook, own_copy
-from .protocol import Conditioning, Defaults, Embedding, Role, Site
+from .protocol import Again, Conditioning, Defaults, Embedding, Generators, Role, Site
 from .schedulers import diffusers
 
-from diffusers.loaders import TextualInversionLoaderMixin  # isort: skip  # torchvision is mended
+TAKES = "pilotfish takes Stable Diffusion 1.x and 2.x"
 
 
 class StableDiffusion:
@@ -47,34 +47,37 @@ class StableDiffusion:
     guidance = frozenset({"cfg"})
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:
+        self._pipeline, self.id = pipeline, id
+        # None where the pipeline was put together in Python.
+        origin = getattr(pipeline, "name_or_path", None)
+        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
+        self._made: dict[Any, Any] = {}  # from these networks, for all runs
+        self._read()
+
+    def _read(self) -> None:
+        """Take the pipeline's parts as they are now."""
+        pipeline = self._pipeline
         if problem := _problem(pipeline):
             raise ModelError(problem)
-        self._pipeline, self.id = pipeline, id
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler = pipeline.scheduler
-        origin = pipeline.name_or_path  # None where the pipeline was put together in Python
-        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
         self.device = torch.device(pipeline._execution_device)
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)
         side = self.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
-        self.defaults = Defaults.of(
-            pipeline, self.folder, int(height) * self.factor, int(width) * self.factor
-        )
-        self._made: dict[Any, Any] = {}  # from these networks, for all runs
+        sides = (side, side) if isinstance(side, int) else side
+        self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
         self._set_encoder()
 
     def _set_encoder(self) -> None:
-        self.text_encoders = (
-            ClipText("text_encoder", self.tokenizer, self.text_encoder, self._spell),
-        )
+        clip = ClipText("text_encoder", self.tokenizer, self.text_encoder, self._spell)
+        self.text_encoders = (clip,)
 
     def _spell(self, prompt: str) -> str:
         """Write out words of several vectors that the pipeline has loaded."""
-        spelled: str = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
-        return spelled
+        loader = diffusers.loaders.TextualInversionLoaderMixin()
+        return str(loader.maybe_convert_prompt(prompt, self.tokenizer))
 
     @property
     def denoiser(self) -> Any:
@@ -118,9 +121,7 @@ class StableDiffusion:
                 )
         return int(self.unet.config.in_channels), height // self.factor, width // self.factor
 
-    def noise(
-        self, shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
-    ) -> Tensor:
+    def noise(self, shape: Sequence[int], generators: Generators, dtype: torch.dtype) -> Tensor:
         """Noise (B, C, H, W) on the CPU."""
         return draw(shape, generators, dtype)
 
@@ -175,7 +176,7 @@ class StableDiffusion:
     def _enlarged_rgb(self, latents: Tensor) -> Tensor:
         return decoders.enlarged(self.rgb(latents), self.factor)
 
-    def encode(self, image: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+    def encode(self, image: Tensor, generator: Generators | None = None) -> Tensor:
         """Image (B, 3, 8H, 8W) in [0, 1] -> clean latents: the mean of the VAE's posterior.
 
         Once more in float32 where half precision overflows.
@@ -200,12 +201,10 @@ class StableDiffusion:
             self._made[key] = decoders.fit_rgb(self.encode, self.factor).to(self.device)
         return decoders.linear(self._made[key], latents)
 
-    def differentiable(
-        self, checkpointing: str, again: Again = contextlib.nullcontext
-    ) -> StableDiffusion:
+    def differentiable(self, checkpointing: str, again: Again = nullcontext) -> StableDiffusion:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
-        model = type(self)(self._pipeline, self.id)
-        model._made = self._made
+        model = copy.copy(self)
+        model._read()
         model.unet, model.vae = own_copy(model.unet), own_copy(model.vae)
         model.text_encoder = own_copy(model.text_encoder)
         model._set_encoder()
@@ -228,49 +227,48 @@ class StableDiffusion:
 def _decoded(vae: Any, latents: Tensor) -> Tensor:
     scaled = latents.to(decoders.dtype_of(vae)) / vae.config.scaling_factor
     image: Tensor = vae.decode(scaled, return_dict=False)[0]  # (B, 3, 8H, 8W)
-    result: Tensor = at_least_float32(image) / 2 + 0.5
-    return result
+    return at_least_float32(image) / 2 + 0.5
 
 
 def _problem(pipeline: Any) -> str | None:
     """Why the parts of a pipeline are no Stable Diffusion that a prompt alone can drive."""
     if not isinstance(pipeline, diffusers.StableDiffusionPipeline):
-        return (
-            f"got {type(pipeline).__name__}; pilotfish takes a StableDiffusionPipeline "
-            "(Stable Diffusion 1.x or 2.x)"
-        )
+        return f"expected a StableDiffusionPipeline; got {type(pipeline).__name__}"
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    if missing := [name for name in parts if getattr(pipeline, name) is None]:
+        return f"the pipeline has no {' and no '.join(missing)}"
     unet, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
     if unet.time_cond_proj_dim is not None:
-        return (
-            "this UNet takes the guidance scale as an input (a distilled LCM); "
-            "pilotfish takes models that are guided by two predictions"
-        )
+        return f"this UNet takes the guidance scale as an input (a distilled LCM); {TAKES}"
     # diffusers loads a folder of another family's pipeline as one of this kind.
     if unet.addition_embed_type is not None or unet.in_channels != channels:
         return (
-            "this UNet takes more than latents and a prompt, as those of Stable Diffusion XL "
-            "and of inpainting do; pilotfish takes Stable Diffusion 1.x and 2.x"
+            "this UNet takes more than latents and a prompt, as those of Stable Diffusion XL and "
+            f"of inpainting do; {TAKES}"
         )
     if unet.class_embed_type is not None or unet.num_class_embeds is not None:
-        return (
-            "this UNet takes a class or an image's embedding beside the prompt (class_embed_type "
-            f"{unet.class_embed_type!r}, num_class_embeds {unet.num_class_embeds}), which no run "
-            "gives it; pilotfish takes Stable Diffusion 1.x and 2.x"
-        )
+        return f"this UNet takes a class or an image's embedding beside the prompt; {TAKES}"
     if unet.encoder_hid_dim_type not in (None, "text_proj"):
         return (
             f"this UNet takes image embeddings beside the prompt ({unet.encoder_hid_dim_type}: an "
             "IP-Adapter is loaded); call pipeline.unload_ip_adapter() first"
         )
     if unet.out_channels != channels:
+        return f"this UNet has learned a variance: {unet.out_channels} channels out; {TAKES}"
+    takes, width = unet.encoder_hid_dim or unet.cross_attention_dim, _width(pipeline.text_encoder)
+    if isinstance(takes, int) and takes != width:
         return (
-            f"this UNet answers with {unet.out_channels} channels for latents of {channels}: it "
-            "has learned a variance, which StableDiffusionPipeline cannot use either"
+            f"this UNet takes text embeddings of width {takes}, and the text encoder gives width "
+            f"{width}: they are of two models"
         )
-    unet, text = pipeline.unet.dtype, pipeline.text_encoder.dtype
-    if unet != text:
+    ours, text = pipeline.unet.dtype, pipeline.text_encoder.dtype
+    if ours != text:
         return (
-            f"the UNet is in {unet} and the text encoder in {text}; they must be in one number "
+            f"the UNet is in {ours} and the text encoder in {text}; they must be in one number "
             "format: pipeline.to(torch.bfloat16), say"
         )
     return None
+
+
+def _width(encoder: Any) -> int:
+    return int(encoder.get_input_embeddings().weight.shape[1])

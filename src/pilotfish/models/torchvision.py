@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -29,11 +30,11 @@ _declared: list[torch.library.Library] = []
 
 def state() -> Literal["absent", "whole", "without compiled operators"]:
     """What is installed; imports nothing of torchvision but its compiled part."""
-    if importlib.util.find_spec("torchvision") is None:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
         return "absent"
-    if _declared or not _operators_load():
-        return "without compiled operators"
-    return "whole"
+    folders = spec.submodule_search_locations or []
+    return "whole" if not _declared and _operators_load(folders) else "without compiled operators"
 
 
 def mend_torchvision() -> None:
@@ -49,14 +50,11 @@ def mend_torchvision() -> None:
         _declared.append(library)
 
 
-def _operators_load() -> bool:
-    spec = importlib.util.find_spec("torchvision")
-    folders = spec.submodule_search_locations if spec else None
+def _operators_load(folders: Iterable[str]) -> bool:
     try:
-        for folder in folders or []:
-            extension = importlib.machinery.PathFinder.find_spec("_C", [folder])
-            if extension is not None and extension.origin is not None:
-                torch.ops.load_library(extension.origin)
+        extension = importlib.machinery.PathFinder.find_spec("_C", [*folders])
+        if extension is not None and extension.origin is not None:
+            torch.ops.load_library(extension.origin)
     except OSError:
         return False
     return hasattr(torch.ops.torchvision, "nms")

@@ -12,14 +12,20 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..errors import InputError, SettingsError
+from ..guidance.regions import Region, box_weights, mask_weights
+from ..hooks.area import Box, check_area
+from . import decoding
 
 # Of a picture file, which anybody may have made: looked at before it is read.
 PIXELS, FORMATS = 32_000_000, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 KEY, LENGTH = "pilotfish", 256_000  # the run among a PNG's texts, and its most characters
+
+Size = tuple[int, int]  # (height, width)
 
 
 def to_pil(image: Tensor) -> list[Image.Image]:
@@ -40,15 +46,12 @@ def pixels(picture: Image.Image) -> Tensor:
 
 
 def read_picture(
-    path: str | Path,
-    what: str,
-    *,
-    mode: Literal["RGB", "L"] = "RGB",
-    size: tuple[int, int] | None = None,
+    path: str | Path, what: str, *, mode: Literal["RGB", "L"] = "RGB", size: Size | None = None
 ) -> Image.Image:
-    """A picture from a file, upright; what is transparent is white, or black in mode "L".
+    """A picture from a file, as viewers show it; what is transparent is white, or black in "L".
 
-    PNG, JPEG, WebP, GIF (its first frame), BMP or TIFF, of at most 32 megapixels.
+    PNG, JPEG, WebP, GIF (its first frame), BMP or TIFF, of at most 32 megapixels, of every mode and
+    depth; in sRGB with 8 bits a channel, upright.
 
     Args:
         what: for errors: what it is to be, such as "Clip: image".
@@ -57,31 +60,91 @@ def read_picture(
             that size, every pixel stays.
 
     Raises:
-        SettingsError: it cannot be read, or is too large.
+        SettingsError: it cannot be read, is too large, or does not say what is black and white in
+            it: integers of 32 bits, floating-point values outside of [0, 1].
     """
+    with _opened(path, what) as file:
+        picture = decoding.shown(file)
+    ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
+    flat = Image.alpha_composite(ground, picture).convert(mode)
+    return ImageOps.fit(flat, size[::-1], Image.Resampling.LANCZOS) if size else flat
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, what: str) -> Iterator[ImageFile]:
+    """A picture file, not decoded yet; what goes wrong with it inside is a SettingsError."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             if math.prod(file.size) > PIXELS:
                 raise ValueError(f"{file.size} pixels; at most {PIXELS} in all are read")
-            picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            yield file
+    except Exception as error:  # whatever decoders raise on a foreign file
         raise SettingsError(
             f"{what} must be a picture that Pillow can read; got {str(path)!r} "
             f"({type(error).__name__}: {error})"
         ) from error
-    ground = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
-    flat = Image.alpha_composite(ground, picture).convert(mode)
-    if size is None:
-        return flat
-    return ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.LANCZOS)
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 bits in 8, where Pillow would cut off all that is above 255."""
-    if not picture.mode.startswith("I"):
-        return picture
-    values = np.asarray(picture, np.float32) / 257
-    return Image.fromarray(values.round().clip(0, 255).astype("uint8"))
+def read_mask(path: str | Path, what: str) -> Tensor:
+    """A mask file (1, 1, h, w) in [0, 1], 1 where it is white, as exact as the file is.
+
+    Raises:
+        SettingsError: as `read_picture`, or nothing in it is lighter than black.
+    """
+    with _opened(path, what) as file:
+        mask = torch.from_numpy(decoding.mask_values(file).copy())[None, None]
+    if not mask.any():
+        raise SettingsError(f"{what} must be white somewhere; {path} is all black")
+    return mask
+
+
+def area_weights(
+    area: Box | Path | str, size: Size, *, what: str, shape: Size | None = None
+) -> Tensor:
+    """What part of each cell lies in an `Area`, (1, 1, *size) in [0, 1]; never 0 in all of them.
+
+    Of a mask file of another shape than `size`, the middle is taken, as of pictures.
+
+    Args:
+        size: (height, width) in cells or pixels.
+        what: for errors: what it is, such as "Inpaint: mask".
+        shape: (height, width) of the picture that a mask file belongs to, whose shape it must have.
+
+    Raises:
+        SettingsError: no area, no picture, of another shape than `shape`, or black where it counts.
+    """
+    try:
+        area = check_area(area)
+    except ValueError as error:
+        raise SettingsError(f"{what} must be {error}; got {area!r}") from None
+    if not isinstance(area, Path):
+        return box_weights(area, size).float()
+    mask = read_mask(area, what)
+    height, width = mask.shape[2:]
+    if shape is not None and width * shape[0] != height * shape[1]:
+        raise SettingsError(
+            f"{what} must have the shape of image, {shape[1]} x {shape[0]} pixels or as "
+            f"many times more or fewer; {area} has {width} x {height}"
+        )
+    weights = mask_weights(mask, size, cut=True).float()
+    if not weights.any():
+        raise SettingsError(
+            f"{what} must be white in the middle part that has the shape of the picture; {area} "
+            f"({width} x {height}) is white only beside it"
+        )
+    return weights
+
+
+def read_region(
+    owner: str, area: Box | Path, soft_edge: float, mask_edge: Literal["soft", "hard"] = "soft"
+) -> Region:
+    """Where a guide with these settings acts; a mask file is stretched to the picture.
+
+    Raises:
+        SettingsError: as `read_mask`.
+    """
+    mask = read_mask(area, f"{owner}: mask") if isinstance(area, Path) else area
+    return Region(owner, mask, soft_edge, hard=mask_edge == "hard")
 
 
 def preview(rgb: Tensor, factor: int = 8) -> list[Image.Image]:
@@ -109,9 +172,8 @@ def numbered(path: str | Path, count: int) -> list[Path]:
         InputError: see `check_writable`.
     """
     path = check_writable(path)
-    if count == 1:
-        return [path]
-    return [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    several = [path.with_stem(f"{path.stem}-{i + 1}") for i in range(count)]
+    return several if count > 1 else [path]
 
 
 def check_folder(path: Path) -> Path:
@@ -136,18 +198,12 @@ def save_picture(picture: Image.Image, path: str | Path, run: str = "") -> Path:
     Raises:
         InputError: the ending names no format, or the place cannot be written.
     """
-    path = check_writable(path)
-    format = Image.registered_extensions()[path.suffix.lower()]
-    options = {"pnginfo": _text(run)} if run and format == "PNG" else {}
+    path, info = check_writable(path), PngInfo()
+    if run:
+        info.add_itxt(KEY, run)
     with whole_file(path) as part:
-        picture.save(part, format=format, **options)
+        picture.save(part, pnginfo=info)
     return path
-
-
-def _text(run: str) -> PngInfo:
-    info = PngInfo()
-    info.add_itxt(KEY, run)
-    return info
 
 
 @contextlib.contextmanager
@@ -176,16 +232,14 @@ def read_run(path: str | Path) -> str:
         InputError: not a PNG, one of more than 32 megapixels, or no run in it, or one of more than
             256,000 characters.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # among others of size, for which the limit is ours
-            with Image.open(path, formats=("PNG",)) as picture:
-                pixels, text = picture.width * picture.height, picture.info.get(KEY)
+    try:  # a warning would be of its size, for which the limit is ours
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as png:
+            pixels, text = math.prod(png.size), png.info.get(KEY)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path}, expected a PNG picture: {error}") from None
     if pixels > PIXELS:
         raise InputError(
-            f"{path} has {pixels / 1e6:.0f} megapixels; pilotfish reads at most {PIXELS / 1e6:.0f}"
+            f"{path} has {pixels // 10**6} megapixels; at most {PIXELS} pixels are read"
         )
     if text is None:
         raise InputError(
@@ -193,9 +247,7 @@ def read_run(path: str | Path) -> str:
             "program has rewritten it"
         )
     if len(text) > LENGTH:
-        raise InputError(
-            f"{path} holds a run of {len(text)} characters; pilotfish reads at most {LENGTH}"
-        )
+        raise InputError(f"{path} holds a run of {len(text)} characters; at most {LENGTH} are read")
     return str(text)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,61 +17,72 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from ..errors import InputError, PilotfishError, explain, in_utf8, unknown
 from ..guidance.presets import PRESETS, find_preset
 
-# What other programs call it, or what it is here.
-ELSEWHERE = {
-    "num_inference_steps": "steps",
-    "generator": "seed",
-    "num_images_per_prompt": "num_images",
-    "cfg_scale": "guidance_scale",
-    "cfg": "guidance_scale",
-    "sampler": "scheduler",
-    "sampler_name": "scheduler",
-    "plugin": "plugins",
-    "guides": "plugins",
-    "callback": "stream, a method of the sampler that gives every step",
-    "callback_on_step_end": "stream, a method of the sampler that gives every step",
-    "guidance_rescale": "the plugin cfg-rescale",
-    "image": "the plugin img2img",
-    "strength": "the plugin img2img",
-    "mask_image": "the plugin inpaint",
-    "output_type": "result.images and result.latents",
+_CALLED = {  # what it is here, and what other programs call it
+    "steps": "num_inference_steps",
+    "seed": "generator",
+    "num_images": "num_images_per_prompt",
+    "guidance_scale": "cfg_scale cfg",
+    "scheduler": "sampler sampler_name",
+    "plugins": "plugin guides",
+    "stream, a method of the sampler that gives every step": "callback callback_on_step_end",
+    "the plugin cfg-rescale": "guidance_rescale",
+    "the plugin img2img": "image strength",
+    "the plugin inpaint": "mask_image",
+    "result.images and result.latents": "output_type",
 }
+ELSEWHERE = {other: here for here, others in _CALLED.items() for other in others.split()}
+OPEN = ("steps", "guidance_scale", "scheduler", "height", "width")  # None is the model's own
 
 
-def _whole(least: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"a whole number >= {least}")
+def _must_be(expected: str, holds: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A validator that refuses a value by saying what it must be."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool) or not holds(value):
+            raise ValueError(expected)
         return value
 
     return check
+
+
+def _whole(least: int) -> Callable[[Any], Any]:
+    return _must_be(f"a whole number >= {least}", lambda v: isinstance(v, int) and v >= least)
 
 
 def _drawn(seed: Any) -> Any:
     return secrets.randbelow(2**32) if seed is None else seed
 
 
-def _decoder(value: Any) -> Any:
-    kind, colon, place = value.partition(":") if isinstance(value, str) else ("", "", "")
-    if kind not in ("vae", "tiny", "linear") or (colon and (kind != "tiny" or not place)):
-        raise ValueError(
-            "vae, linear, tiny (the tiny_vae/ of the model's folder) or tiny:FOLDER_OR_HUB_ID"
-        )
-    return value
-
-
-def _finite(value: Any) -> Any:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e300:
-        raise ValueError("a finite number >= 0 (1.0 switches guidance off)")
-    return value
-
-
-Text = Annotated[str, pydantic.AfterValidator(in_utf8)]
+_finite = _must_be(
+    "a finite number >= 0 (1.0 switches guidance off)",
+    lambda v: isinstance(v, int | float) and 0 <= v < 1e300,
+)
+_decoder = _must_be(
+    "vae, linear, tiny (the tiny_vae/ of the model's folder) or tiny:FOLDER_OR_HUB_ID",
+    lambda v: isinstance(v, str) and re.fullmatch("(?s)vae|linear|tiny(:.+)?", v),
+)
+MODELS = "the model's"
 Count = Annotated[int, BeforeValidator(_whole(1))]
+
+
+def _key(
+    default: Any, description: str, metavar: str | None = None, none: str | None = None
+) -> Any:
+    """A key of a run.
+
+    Args:
+        metavar: what stands for a value in the command line's help; None is the type's name.
+        none: what None means.
+    """
+    return Field(
+        default, description=description, json_schema_extra={"metavar": metavar, "none": none}
+    )
 
 
 class Run(pydantic.BaseModel):
     """Everything needed to repeat a run. Every key's type, range, default and help stand here.
+
+    The command line's options are made of them, see `pilotfish.cli.options`.
 
     Attributes:
         plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
@@ -80,59 +92,61 @@ class Run(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(
-        frozen=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        validate_default=True,
-        protected_namespaces=(),
+        frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
     )
 
-    prompt: Text = Field("", description="what the picture shows")
-    negative_prompt: Text = Field(
-        "", description="what the picture should not show; counts only with guidance"
+    prompt: str = _key("", "what the picture shows")
+    negative_prompt: str = _key(
+        "", "what the picture should not show; counts only with guidance", "TEXT"
     )
-    steps: Count | None = Field(None, description="sampling steps")
-    guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = Field(
-        None, description="classifier-free guidance, as diffusers has it; 1 or less is off"
+    steps: Count | None = _key(None, "sampling steps", none=MODELS)
+    guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = _key(
+        None, "classifier-free guidance, as diffusers has it; 1 or less is off", none=MODELS
     )
-    scheduler: Any = Field(
+    scheduler: Any = _key(
         None,
-        description="lms, ddim, euler ...; a diffusers scheduler; or a table with `name` and the "
-        "configuration that differs from the model's",
+        "how noise is taken away: lms, ddim, euler ... by name, a table with `name` and the "
+        "configuration that differs from the model's, or in Python a diffusers scheduler",
+        "NAME",
+        MODELS,
     )
-    preset: Any = Field(
+    preset: Any = _key(
         "balanced",
-        description="how losses become a move: the name of one, a TOML file, a table of knobs with "
-        "or without `base`, or a pilotfish.Preset",
+        f"how losses become a move: {', '.join(PRESETS)}, a TOML file, a table of knobs with or "
+        "without `base`, or in Python a pilotfish.Preset",
+        "NAME|FILE.toml",
     )
-    seed: Annotated[int, BeforeValidator(_whole(0)), BeforeValidator(_drawn)] = Field(
-        None,  # type: ignore[assignment]
-        description="of the first image, the next ones have seed + 1 ...; drawn if not given",
+    seed: Annotated[int, BeforeValidator(_whole(0)), BeforeValidator(_drawn)] = _key(
+        None, "of the first image; each further one has one more", none="drawn, and told"
     )
-    num_images: Count = Field(1, description="images of the same prompt, run as one batch")
-    height: Count | None = Field(None, description="in pixels")
-    width: Count | None = Field(None, description="in pixels")
-    checkpointing: Literal["auto", "on", "off"] = Field(
+    num_images: Count = _key(1, "images of the same prompt, run as one batch")
+    height: Count | None = _key(None, "in pixels", none=MODELS)
+    width: Count | None = _key(None, "in pixels", none=MODELS)
+    checkpointing: Literal["auto", "on", "off"] = _key(
         "auto",
-        description="compute again what the network's gradient needs, instead of keeping it: less "
-        "memory, about a third more work in a guided step. auto: above 100 million parameters",
+        "compute again what the network's gradient needs, instead of keeping it: less memory, "
+        "about a third more work in a guided step. auto: above 100 million parameters",
     )
-    on_error: Literal["raise", "skip", "disable"] = Field(
+    on_error: Literal["raise", "skip", "disable"] = _key(
         "raise",
-        description="a guide that fails: stop, skip that step, or go on without it; the trace "
-        "names it",
+        "where a guide fails: stop, skip that step, or go on without it; the trace names it",
     )
-    decoder: Annotated[str, BeforeValidator(_decoder)] = Field(
+    decoder: Annotated[str, BeforeValidator(_decoder)] = _key(
         "vae",
-        description="what guides see by: vae, or cheaper and with another gradient tiny, "
+        "what guides see by: vae, or cheaper and with another gradient tiny, "
         "tiny:FOLDER_OR_HUB_ID or linear. The pictures come from the VAE, and the trace ends with "
         "each guide's loss on them",
+        "vae|tiny|tiny:FOLDER|linear",
     )
     plugins: tuple[Any, ...] = Field((), repr=False)
     model_id: str | None = None
     dtype: str | None = None
 
     _model: Any = PrivateAttr(None)
+
+    _in_utf8 = pydantic.field_validator(
+        "prompt", "negative_prompt", "scheduler", "preset", "decoder", mode="before"
+    )(in_utf8)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -161,10 +175,8 @@ class Run(pydantic.BaseModel):
 
     def resolved(self, model: Any, plugins: tuple[Mapping[str, Any], ...]) -> Run:
         """The run with everything resolved that the user left open."""
-        given = {name: getattr(self, name) for name in ("steps", "guidance_scale", "scheduler")}
-        given |= {"height": self.height, "width": self.width}
-        own = {key: getattr(model.defaults, key) for key, value in given.items() if value is None}
-        found = {**given, **own}
+        found = {key: getattr(self, key) for key in OPEN}
+        found |= {key: getattr(model.defaults, key) for key in OPEN if found[key] is None}
         found["scheduler"] = model.describe_scheduler(found["scheduler"])
         model.latent_shape(found["height"], found["width"])
         dtype = str(model.dtype).removeprefix("torch.")
@@ -178,13 +190,11 @@ class Run(pydantic.BaseModel):
             PilotfishError: a plugin was made in this program and has no name to find it by, or a
                 path in it is no UTF-8.
         """
-        for table in self.plugins:
-            if not table["use"]:
-                raise PilotfishError(
-                    f"plugin {table['name']!r} was defined in this session, so this run cannot be "
-                    "repeated from a file; write the plugin as a class in a file and use it as "
-                    "'file.py:Class'"
-                )
+        if unnamed := [table["name"] for table in self.plugins if not table["use"]]:
+            raise PilotfishError(
+                f"plugin {unnamed[0]!r} was defined in this session, so no file can hold this run; "
+                "write it as a class in a file and use it as 'file.py:Class'"
+            )
         preset = find_preset(self.preset)
         content = {
             "pilotfish": version("pilotfish"),
@@ -215,7 +225,7 @@ class Run(pydantic.BaseModel):
         content.pop("pilotfish", None)
         for key in content:
             if key not in (known := (*KEYS, "model", "dtype", "plugins")):
-                raise InputError(f"{origin}: {unknown('key', key, known)}")
+                raise InputError(f"{origin}: {unknown_key('key', key, known)}")
         if not isinstance(content.setdefault("plugins", []), list):
             raise InputError(f"{origin}: plugins must be [[plugins]] tables")
         return content
@@ -234,11 +244,8 @@ class Run(pydantic.BaseModel):
         return cls.parse(text, str(path))
 
 
-KEYS = {
-    name: field
-    for name, field in Run.model_fields.items()
-    if name not in ("plugins", "model_id", "dtype")
-}
+FOUND = ("plugins", "model_id", "dtype")
+KEYS = {name: field for name, field in Run.model_fields.items() if name not in FOUND}
 """What a user may say of a run, beside its plugins and its model."""
 
 
@@ -249,16 +256,18 @@ def check_keywords(options: Mapping[str, Any]) -> None:
         InputError: names the right one, also where another program calls it so.
     """
     for name in options:
-        if name in ELSEWHERE:
-            raise InputError(f"no option {name!r} of a run; here it is {ELSEWHERE[name]}")
         if name not in KEYS:
-            raise unknown("option of a run", name, [*KEYS, "plugins"])
+            raise unknown_key("option of a run", name, [*KEYS, "plugins"])
+
+
+def unknown_key(kind: str, name: str, choices: Iterable[str]) -> InputError:
+    """The error for a key that no run has: the right one, where another program calls it so."""
+    if name in ELSEWHERE:
+        return InputError(f"no {kind} called {name!r}; here it is {ELSEWHERE[name]}")
+    return unknown(kind, name, choices)
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
     """TOML has no null: what is not there is the default."""
-    return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
-        for key, value in table.items()
-        if value is not None
-    }
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in kept.items()}

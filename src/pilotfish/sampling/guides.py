@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
-from ..guidance import clock, moves
-from ..guidance.gradients import (
-    End,
-    Leaves,
-    LossFault,
-    Pull,
-    SharedGraph,
-    all_finite,
-    averaged,
-    cosines,
-    leaf_gradients,
-)
+from ..guidance import moves
+from ..guidance.gradients import End, LossFault, Pull, all_finite, averaged, cosines, leaf_gradients
+from ..guidance.graph import Leaves, SharedGraph, mark, seconds
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
-from ..guidance.regions import Region
 from ..hooks.plugin import Guide
 from ..hooks.stack import Call, Stack
+from ..runs.pictures import read_region
 from ..runs.run import Run
 from .generators import Generators
 from .schedule import Schedule
@@ -52,11 +44,15 @@ class Guides:
         self._decode = run.model.decoder(run.decoder)
         self._disabled: set[str] = set()
         self._calls = stack.calls["loss_guidance"]
-        self.regions: dict[str, Region] = {}
-        for call in self._calls:
-            if isinstance(call.plugin, Guide) and call.plugin.settings.mask is not None:
-                settings, owner = call.plugin.settings, stack.label(call.name)
-                self.regions[call.name] = Region(owner, settings.mask, settings.soft_edge)
+        self._settings: dict[str, Any] = {
+            c.name: c.plugin.settings if isinstance(c.plugin, Guide) else Guide().settings
+            for c in self._calls
+        }
+        self.regions = {
+            name: read_region(stack.label(name), s.mask, s.soft_edge, s.mask_edge)
+            for name, s in self._settings.items()
+            if s.mask is not None
+        }
         if self._calls:
             self._refuse_what_cannot_work()
         self._strengths = schedule.strengths(self.preset.schedule)
@@ -65,17 +61,16 @@ class Guides:
         preset = self.preset
         if torch.is_inference_mode_enabled():
             raise ModelError(
-                "guides need gradients, and torch.inference_mode() allows none; "
-                "call the sampler outside of it (it switches gradients off by itself)"
+                "guides need gradients, and torch.inference_mode() allows none: call the sampler "
+                "outside of it (it switches gradients off by itself)"
             )
         if reason := self._run.model.refuse_gradients():
             raise ModelError(f"no gradient can be taken: {reason}")
         if preset.recurrence > 1 and not self._schedule.can_repeat:
             raise InputError(
-                f"preset {preset.name!r} takes steps more than once, and "
-                f"{self._schedule.name} goes back to latents that it kept from the step "
-                "before: use recurrence=1, or a scheduler such as ddim, euler, euler-ancestral or "
-                "dpmsolver-multistep"
+                f"preset {preset.name!r} takes steps more than once, and {self._schedule.name} "
+                "goes back to latents that it kept from the step before: use recurrence=1, or a "
+                "scheduler such as ddim, euler, euler-ancestral or dpmsolver-multistep"
             )
         if preset.rule == "sphere" and self._stack.calls["advance"]:
             raise InputError(
@@ -88,18 +83,14 @@ class Guides:
         num_steps = self._schedule.num_steps
         if not self.preset.acts_at(index / num_steps):
             return []
-        return [
-            call
-            for call in self._calls
-            if call.name not in self._disabled
-            and (not isinstance(call.plugin, Guide) or call.plugin.acts_at(index, num_steps))
-        ]
+        calls = [c for c in self._calls if c.name not in self._disabled]
+        always = {c.name for c in calls if not isinstance(c.plugin, Guide)}
+        return [c for c in calls if c.name in always or c.plugin.acts_at(index, num_steps)]
 
     def repeats(self, index: int) -> int:
         """How often the step is taken: noise is put back only where a guide acts."""
-        if not self.active(index):
-            return 1
-        return self.preset.repeats(index / self._schedule.num_steps)
+        guided = self.active(index)
+        return self.preset.repeats(index / self._schedule.num_steps) if guided else 1
 
     def through_network(self, guides: list[Call]) -> bool:
         """Whether any gradient goes on to the latents."""
@@ -107,8 +98,7 @@ class Guides:
 
     def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
-        own = getattr(getattr(guide.plugin, "settings", None), "gradient", None)
-        end = own or self.preset.gradient
+        end = self._settings[guide.name].gradient or self.preset.gradient
         return ("latents", "x0") if end == "both" else (end,)
 
     def move(
@@ -159,20 +149,7 @@ class Guides:
         done, acted = state.finished(latents), set(self._trace.plugins)
         graph = SharedGraph(done.x0, decode, self._run.model.rgb)
         guides = [g for g in self._calls if g.name in acted - self._disabled]
-        for pull in self._pulls(done, guides, graph, [])[1]:
-            loss, norm = torch.stack([pull.loss, pull.norm]).tolist()
-            self._trace.append(
-                Record(
-                    done.index,
-                    done.level.sigma,
-                    pull.name,
-                    loss=tuple(loss),
-                    gradient_norm=tuple(norm),
-                    seconds=pull.seconds(),
-                    repeat=done.repeat,
-                    final=True,
-                )
-            )
+        self._trace += self._records(done, self._pulls(done, guides, graph, [])[1])
 
     def renoise(self, state: StepState) -> Tensor:
         """The latents of a step that is taken once more: "recurrence", "time travel".
@@ -195,7 +172,7 @@ class Guides:
     def remarks(self) -> Iterator[str]:
         """The guides that did nothing in the whole run, or the opposite of what they are for."""
         for call in self._calls:
-            scale = getattr(getattr(call.plugin, "settings", None), "scale", 1.0)
+            scale = self._settings[call.name].scale
             records = [r for r in self._trace.of(call.name) if not r.final]
             losses = self._trace.losses(call.name)
             if scale == 0 or any(record.error for record in records):
@@ -230,12 +207,11 @@ class Guides:
 
     def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
-        leaves, start, built = Leaves(graph), clock.mark(graph.device), len(graph.spans)
+        leaves, start, built = Leaves(graph), mark(graph.device), len(graph.spans)
         try:
             with torch.enable_grad():
-                loss = self._stack.call(
-                    guide, {"step": Step(state, guide.name, leaves)}, state.where
-                )
+                view = {"step": Step(state, guide.name, leaves)}
+                loss = self._stack.call(guide, view, state.where)
                 if loss is None:
                     return None
                 gradients = leaf_gradients(loss, leaves, self._run.num_images)
@@ -245,20 +221,17 @@ class Guides:
         except PluginError as error:
             self._tolerate(error, state, guide.name)
             return None
-        own, shared = (start, clock.mark(graph.device)), graph.spans[built:]
-        area = 1.0
+        own, shared = (start, mark(graph.device)), graph.spans[built:]
         if region := self.regions.get(guide.name):
-            masks = {leaf: region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
-            gradients = {leaf: g * masks[leaf] for leaf, g in gradients.items()}
-            area = region.area
+            gradients = {leaf: g * region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
         return Pull(
             name=guide.name,
-            scale=getattr(getattr(guide.plugin, "settings", None), "scale", 1.0),
+            scale=self._settings[guide.name].scale,
             ends=self._ends(guide),
             loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(graph.device),
             gradients=gradients,
-            area=area,
-            seconds=lambda: clock.seconds([own]) - clock.seconds(shared),
+            area=region.area if region else 1.0,
+            seconds=lambda: seconds([own]) - seconds(shared),
         )
 
     def _is_finite(self, state: StepState, pulls: list[Pull]) -> bool:
@@ -285,37 +258,47 @@ class Guides:
         sigma = state.level.sigma
         self._trace.append(Record(state.index, sigma, name, error=str(error), final=final))
 
-    def _records(self, state: StepState, pulls: list[Pull], move: moves.Move) -> Iterator[Record]:
-        """What each guide did at this step."""
-        own = torch.stack([torch.stack([pull.loss, pull.norm]) for pull in pulls])  # (k, 2, B)
-        own = torch.cat([own, move.shares[:, None].to(own)], dim=1)
-        between = cosines(pulls).permute(1, 2, 0)
-        outside = torch.stack([self._outside(pull.name, move.value) for pull in pulls])[:, None]
+    def _records(
+        self, state: StepState, pulls: list[Pull], move: moves.Move | None = None
+    ) -> Iterator[Record]:
+        """What each guide did at this step; without a move, what it says of the result."""
+        if not pulls:
+            return
+        rows = [torch.stack([p.loss, p.norm]) for p in pulls]  # (2, B) each
+        if move is not None:
+            between = cosines(pulls).permute(1, 2, 0).to(rows[0])  # (k, k, B)
+            outside = [self._outside(pull.name, move.value) for pull in pulls]
+            rows = [
+                torch.cat([row, share[None].to(row), leak[None].to(row), cosine])
+                for row, share, leak, cosine in zip(
+                    rows, move.shares, outside, between, strict=True
+                )
+            ]
         # All numbers are read at once: a GPU must be waited for each time.
-        values = torch.cat([own, outside.to(own), between], dim=1).tolist()  # (k, 4 + k, B)
-        for pull, (loss, norm, share, leak, *others) in zip(pulls, values, strict=True):
+        for pull, row in zip(pulls, torch.stack(rows).tolist(), strict=True):
+            loss, norm, *more = map(tuple, row)
+            share, leak, *found = more or ((), ())
+            others = zip(pulls, found, strict=False)
+            common = {o.name: c for o, c in others if o.gradients.keys() & pull.gradients.keys()}
             yield Record(
                 state.index,
                 state.level.sigma,
                 pull.name,
-                loss=tuple(loss),
-                gradient_norm=tuple(norm),
-                share=tuple(share),
-                outside=tuple(leak) if pull.name in self.regions else (),
-                cosine={
-                    other.name: tuple(cosine)
-                    for other, cosine in zip(pulls, others, strict=True)
-                    if other is not pull and other.gradients.keys() & pull.gradients.keys()
-                },
+                loss=loss,
+                gradient_norm=norm,
+                share=share,
+                outside=leak if pull.name in self.regions else (),
+                cosine={name: cosine for name, cosine in common.items() if name != pull.name},
                 seconds=pull.seconds(),
                 repeat=state.repeat,
+                final=move is None,
             )
 
     def _outside(self, name: str, move: Tensor) -> Tensor:
         """What part of a move lies where a guide's mask is black, (B,): of its mean square."""
-        squares = move.square().sum(dim=1, keepdim=True)  # (B, 1, H, W)
         if name not in self.regions:
-            return squares.new_zeros(len(squares))
-        black = (self.regions[name].of(move.shape[-2:]).to(squares) == 0) * squares
-        total = squares.sum(dim=(1, 2, 3))
-        return black.sum(dim=(1, 2, 3)) / total.clamp(min=torch.finfo(total.dtype).tiny)
+            return move.new_zeros(len(move))
+        squares = move.square().sum(dim=1)  # (B, H, W)
+        black = self.regions[name].of(move.shape[-2:])[0].to(squares) == 0
+        total = squares.sum(dim=(1, 2))
+        return (black * squares).sum(dim=(1, 2)) / total.clamp(min=torch.finfo(total.dtype).tiny)

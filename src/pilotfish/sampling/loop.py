@@ -6,12 +6,12 @@ import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from ..errors import GuideWarning, InputError, NonFiniteError, PilotfishError, PluginError
+from ..errors import GuideWarning, NonFiniteError, PilotfishError
 from ..hooks.stack import Stack, tensor_problem
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
@@ -19,9 +19,9 @@ from ..runs.run import Run
 from .generators import Generators, seeded
 from .guides import Guides
 from .network import Network
+from .outside import Outside
 from .prompts import Prompts
-from .schedule import Schedule
-from .start import Start
+from .schedule import Schedule, Start
 from .step import Step, StepState
 from .trace import Trace
 
@@ -42,17 +42,19 @@ class Sampling:
 
     def __init__(self, model: LatentDiffusion, run: Run, stack: Stack) -> None:
         self.stack, self.trace = stack, Trace()
-        self.again = lambda other: Sampling(model, run, other)
+        self.again: Callable[[Stack], Sampling] = lambda other: Sampling(model, run, other)
         self.network = Network(model, run.checkpointing, stack)
         self.model = self.network.model
         self.described = run.resolved(self.model, stack.tables())
         self.run = self.described.of_model(self.model)
-        self.shape = self.model.latent_shape(self.run.height, self.run.width)
+        known = self.run.height, self.run.width, self.run.steps
+        height, width, steps = cast("tuple[int, int, int]", known)  # in a resolved run
+        self.shape = self.model.latent_shape(height, width)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
         self.schedule = Schedule(
             self.model.new_scheduler(spec),
-            self.run.steps,
+            steps,
             lambda scheduler, steps: self.model.set_timesteps(scheduler, steps, self.shape),
         )
         self.num_steps = self.schedule.num_steps
@@ -69,9 +71,13 @@ class Sampling:
             self.prompts = Prompts(self.run, self.stack)
             latents, first = self._start()
             for index in range(first, self.num_steps):
-                state = self._guided(index, latents)
-                for repeat in range(1, self.guides.repeats(index)):
-                    state = self._guided(index, self.guides.renoise(state), repeat)
+                repeats = self.guides.repeats(index)
+                for repeat in range(repeats):
+                    state = self.begin(index, latents, repeat)
+                    cond, uncond = self.predict(state)
+                    self.guide(state, cond, uncond)
+                    if repeat + 1 < repeats:
+                        latents = self.guides.renoise(state)
                 latents = outside.held(self.advance(state))
                 self._check_finite(latents, state)
                 self.stack.notify("after_step", self._for_step(state), state.where)
@@ -81,7 +87,7 @@ class Sampling:
                 if state.stopped:
                     latents = outside.held_x0(state.x0).to(latents.dtype)
                     break
-            self.final = latents
+            self.final = outside.result(latents)
             self._sum_up(state)
 
     @contextlib.contextmanager
@@ -102,14 +108,7 @@ class Sampling:
                     raise
                 first.add_note(f"and at teardown: {error}")
 
-    def _guided(self, index: int, latents: Tensor, repeat: int = 0) -> StepState:
-        """A step up to its prediction, as the guides leave it."""
-        state = self.begin(index, latents, repeat)
-        cond, uncond = self.predict(state)
-        self.guide(state, cond, uncond)
-        return state
-
-    def begin(self, index: int, latents: Tensor, repeat: int = 0) -> StepState:
+    def begin(self, index: int, latents: Tensor, repeat: int) -> StepState:
         """The step as the network will find it."""
         state = StepState(
             run=self.run,
@@ -151,10 +150,8 @@ class Sampling:
                 state.latents = state.latents.detach().requires_grad_()
             cond, uncond = self._network(state, both)
             state.output = self._combine(state, cond, uncond)
-            if self.stack.calls["on_predicted_x0"]:
-                self._on_predicted_x0(state)
-            if guides:
-                _ = state.x0  # with its graph
+            if guides or self.stack.calls["on_predicted_x0"]:
+                state.x0 = self._chain("on_predicted_x0", state, "x0", state.x0)  # with its graph
         return cond.detach(), None if uncond is None else uncond.detach()
 
     def guide(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> None:
@@ -166,11 +163,8 @@ class Sampling:
 
     def advance(self, state: StepState) -> Tensor:
         """The next latents: a plugin's, or the scheduler's."""
-        latents: Tensor | None = self.stack.first(
-            "advance",
-            self._for_step(state),
-            lambda new: tensor_problem(new, state.latents),
-            state.where,
+        latents: Tensor | None = self._first(
+            "advance", state, lambda new: tensor_problem(new, state.latents)
         )
         if latents is not None:
             self.schedule.skip(state.index)
@@ -225,69 +219,35 @@ class Sampling:
 
     def _network(self, state: StepState, both: Conditioning) -> tuple[Tensor, Tensor | None]:
         """One call of the network: the prediction for the prompt, and for the negative prompt."""
-        guided = self.run.guided_by_prompt
-        latents = torch.cat([state.latents] * 2) if guided else state.latents
-        latents = self.schedule.scaled(latents, state.timestep)
-        output = self.network(state, latents, both)  # (B or 2B, C, H, W)
-        if not guided:
-            return output, None
-        uncond, cond = output.chunk(2)
-        return cond, uncond
+        halves = 1 + self.run.guided_by_prompt
+        latents = self.schedule.scaled(torch.cat([state.latents] * halves), state.timestep)
+        *uncond, cond = self.network(state, latents, both).chunk(halves)  # (B, C, H, W) each
+        return cond, uncond[0] if uncond else None
 
     def _further_prediction(
         self, state: StepState, plugin: str, conditioning: Any, patch: Any
     ) -> Tensor:
         """See `Step.predict`."""
-        if conditioning is None:
-            conditioning = state.conditioning
-        elif isinstance(conditioning, str):
+        if isinstance(conditioning, str):
             conditioning = self.prompts.of_text(conditioning)
-        elif isinstance(conditioning, Conditioning):
-            conditioning = conditioning.expand(self.run.num_images)
-        else:
-            raise PluginError(
-                f"{self.stack.label(plugin)}: step.predict() takes a prompt or a Conditioning; got "
-                f"{type(conditioning).__name__}{state.where}",
-                plugin=plugin,
-            )
+        told = state.conditioning if conditioning is None else conditioning
+        if not isinstance(told, Conditioning):
+            what = f"takes a prompt or a Conditioning; got {type(told).__name__}"
+            self.stack.blame(plugin, "step.predict", what, state.where)
+        told = told.expand(self.run.num_images)
         latents = self.schedule.scaled(state.latents, state.timestep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-            return self.network(state, latents, conditioning, patch)
+            return self.network(state, latents, told, patch)
 
     def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
         scale = self.run.guidance_scale or 0.0
         begun = cond if uncond is None else self.model.combine(cond, uncond, scale)
-        common = {"cond": cond, "uncond": uncond}
-        combined: Tensor = self.stack.chain(
-            "combine_predictions",
-            begun,
-            lambda name, value: {**common, "prediction": value, "step": Step(state, name)},
-            tensor_problem,
-            state.where,
-        )
-        return combined
-
-    def _on_predicted_x0(self, state: StepState) -> None:
-        before = state.x0
-        after = self.stack.chain(
-            "on_predicted_x0",
-            before,
-            lambda name, x0: {"x0": x0, "step": Step(state, name)},
-            tensor_problem,
-            state.where,
-        )
-        if after is not before:
-            state.x0 = after
+        both = {"cond": cond, "uncond": uncond}
+        return self._chain("combine_predictions", state, "prediction", begun, **both)
 
     def _resampled(self, state: StepState, latents: Tensor) -> Tensor:
         """The latents, where a plugin says which images go on in whose place."""
-        count = len(latents)
-        answer = self.stack.first(
-            "resample",
-            self._for_step(state),
-            lambda new: _indices_problem(new, count),
-            state.where,
-        )
+        answer = self._first("resample", state, lambda new: _indices_problem(new, len(latents)))
         if answer is None:
             return latents
         indices = torch.as_tensor(answer).cpu()
@@ -306,67 +266,29 @@ class Sampling:
     def _check_finite(self, latents: Tensor, state: StepState) -> None:
         if images.is_finite(latents):
             return
-        where = f"after step {state.index} of {state.num_steps} (sigma {state.level.sigma:.3g})"
-        records = [r for r in self.trace if r.index == state.index and r.gradient_norm]
-        if records:
-            worst = max(records, key=lambda r: max(r.gradient_norm))
-            cause = (
-                f"The largest gradient came from {worst.plugin!r}, norm "
-                f"{max(worst.gradient_norm):.2g}; lower its scale."
-            )
-        else:
-            cause = "No guide acted: the network's own output is not finite; try float32."
+        cause = "No guide acted: the network's own output is not finite; try float32."
+        norms = [(max(r.gradient_norm), r) for r in self.trace if r.gradient_norm]
+        if here := [(norm, r.plugin) for norm, r in norms if r.index == state.index]:
+            norm, plugin = max(here)
+            cause = f"The largest gradient came from {plugin!r}, norm {norm:.2g}; lower its scale."
+        where = state.where.replace(" at", "after", 1)
         raise NonFiniteError(f"latents became non-finite {where}. {cause}")
+
+    def _first(self, hook: str, state: StepState, problem: Callable[[Any], str | None]) -> Any:
+        return self.stack.first(hook, self._for_step(state), problem, state.where)
+
+    def _chain(self, hook: str, state: StepState, key: str, value: Tensor, **more: Any) -> Tensor:
+        def arguments(name: str, value: Tensor) -> dict[str, Any]:
+            return {**more, key: value, "step": Step(state, name)}
+
+        answer: Tensor = self.stack.chain(hook, value, arguments, tensor_problem, state.where)
+        return answer
 
     def _for_run(self, *_: Any) -> dict[str, Any]:
         return {"run": self.run}
 
     def _for_step(self, state: StepState) -> Callable[[str, Any], dict[str, Any]]:
         return lambda name, _: {"step": Step(state, name)}
-
-
-class Outside:
-    """Outside of hard masks the picture is that of the run without the guides that have them.
-
-    That run goes along, a step at a time: after each, its latents are put back there.
-
-    Raises:
-        InputError: a plugin of the run moves images to other places.
-    """
-
-    def __init__(self, sampling: Sampling) -> None:
-        hard = {name for name, region in sampling.guides.regions.items() if region.hard}
-        self._other: Sampling | None = None
-        self._steps: Iterator[Step] = iter(())
-        if not hard:
-            return
-        if sampling.stack.calls["resample"]:
-            raise InputError("mask_edge='hard' cannot go with a plugin that resamples images")
-        self._other = sampling.again(sampling.stack.without(hard))
-        self._steps = self._other.steps()
-        masks = [sampling.guides.regions[name].of(sampling.shape[1:]) for name in hard]
-        self._inside = (torch.stack(masks).amax(dim=0) > 0).to(sampling.model.device)
-
-    def held(self, latents: Tensor) -> Tensor:
-        """A step's result, with the other run's own outside."""
-        if self._other is None:
-            return latents
-        next(self._steps, None)
-        return self._with(latents, self._other.latents)
-
-    def held_x0(self, x0: Tensor) -> Tensor:
-        """The same of what a run ends with that is ended early."""
-        if self._other is None or self._other.latest is None:
-            return x0
-        return self._with(x0, self._other.latest.x0)
-
-    def _with(self, ours: Tensor, theirs: Tensor | None) -> Tensor:
-        return ours if theirs is None else torch.where(self._inside, ours, theirs.to(ours))
-
-    def close(self) -> None:
-        """End the other run."""
-        if isinstance(self._steps, Generator):
-            self._steps.close()
 
 
 def _start_problem(answer: Any, like: Tensor, num_steps: int) -> str | None:

@@ -21,7 +21,7 @@ from .trace import Trace
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..models.stable_diffusion import LatentDiffusion
+    from ..models.protocol import LatentDiffusion
 
 
 @dataclass(frozen=True)

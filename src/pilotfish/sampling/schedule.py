@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,7 +183,7 @@ class Schedule:
         latents: Tensor,
         generators: list[torch.Generator],
     ) -> Tensor:
-        options = dict(self._options)
+        options: dict[str, Any] = dict(self._options)
         if "generator" in options:
             options["generator"] = generators if len(generators) > 1 else generators[0]
         after: Tensor = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
@@ -228,6 +229,29 @@ def _is_all(noise: Tensor, mean: Tensor, same: Tensor) -> bool:
     size = float(mean.abs().max())
     drawn = float(noise.abs().max()) > 1e-6 * size
     return drawn and float((mean - same).abs().max()) < 1e-3 * size
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `start_latents` needs to begin a run elsewhere than at pure noise.
+
+    Attributes:
+        order: steps of the loop for each of the user's: 2 for Heun, mostly 1.
+        generator: one CPU generator per image, the run's own. The starting noise is drawn from it,
+            and after it what the scheduler draws.
+    """
+
+    order: int
+    generator: list[torch.Generator]
+    _schedule: Schedule = field(repr=False)
+
+    def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean latents (B, C, H, W) with noise, at the level of step `index`, as diffusers has it.
+
+        Args:
+            index: where the run will start.
+        """
+        return self._schedule.noised(x0, noise, index)
 
 
 def noise_level(scheduler: Any, index: int) -> NoiseLevel:

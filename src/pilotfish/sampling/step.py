@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PilotfishError
-from ..guidance.gradients import Leaves
+from ..guidance.graph import Leaves
 from ..guidance.noise import CLEAN, NoiseLevel, at_least_float32
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
@@ -79,6 +79,8 @@ class StepState:
     @x0.setter
     def x0(self, x0: Tensor) -> None:
         """Replace x0, and the output by the one that would have given it."""
+        if x0 is self._x0:
+            return
         self._x0 = self.as_used(x0)
         if self.output is not None and self.level.out:  # at sigma 0 every output gives the same x0
             self.output = self.level.output(self.latents, self._x0).to(self.output.dtype)
@@ -204,7 +206,8 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        return self._known(self._state.network_latents, "network_latents")
+        latents: Tensor = self._known(self._state.network_latents, "network_latents")
+        return latents
 
     @property
     def conditioning(self) -> Conditioning:
@@ -212,7 +215,8 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        return self._known(self._state.network_conditioning, "conditioning")
+        told: Conditioning = self._known(self._state.network_conditioning, "conditioning")
+        return told
 
     def _known(self, value: Any, name: str) -> Any:
         if value is None:

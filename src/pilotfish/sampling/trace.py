@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import InputError, PilotfishError
-
 
 @dataclass(frozen=True)
 class Record:
@@ -80,31 +78,6 @@ class Trace(list[Record]):
     def to_dicts(self) -> list[dict[str, Any]]:
         """Plain data, for JSON or a data frame."""
         return [asdict(record) for record in self]
-
-    def plot(self) -> Any:
-        """Loss and share of each guide over the steps, as a matplotlib figure.
-
-        Raises:
-            PilotfishError: matplotlib is missing.
-            InputError: nothing was traced.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PilotfishError("trace.plot() needs matplotlib: pip install matplotlib") from error
-        if not self:
-            raise InputError("the trace is empty: no guide acted in this run")
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        losses, shares = figure.subplots(2, 1, sharex=True)
-        for plugin in self.plugins:
-            records = [r for r in self.of(plugin) if r.loss and not r.final]
-            steps = [r.index for r in records]
-            losses.plot(steps, self.losses(plugin), marker=".", label=plugin)
-            shares.plot(steps, [_mean(r.share) for r in records], marker=".")
-        losses.set_ylabel("loss")
-        losses.legend()
-        shares.set(ylabel="share of the move", xlabel="step", ylim=(0, 1.05))
-        return figure
 
 
 def _mean(values: tuple[float, ...]) -> float:

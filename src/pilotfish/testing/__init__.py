@@ -5,175 +5,19 @@ pytest finds the fixtures `random_sampler`, `random_step` and `emoji_sampler` by
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from .exact import GaussianModel
+    from .random_models import random_pipeline, random_sampler, random_step
 
-from ..guidance.gradients import Leaves, SharedGraph
-from ..guidance.noise import NoiseLevel
-from ..models.protocol import Conditioning
-from ..models.torchvision import mend_torchvision
-from ..runs.run import Run
-from ..sampling.generators import seeded
-from ..sampling.sampler import Sampler
-from ..sampling.step import Step, StepState
-from .exact import GaussianModel
-
-__all__ = [
-    "GaussianModel",
-    "random_pipeline",
-    "random_sampler",
-    "random_step",
-]
-
-WORDS = (
-    *("a", "an", "the", "of", "on", "in", "and", "to", "with", "some", "style", "background"),
-    *("red", "green", "blue", "black", "white", "picture", "photo", "drawing", "watercolor"),
-    *("campfire", "puppy", "cat", "otter", "parrot", "skunk"),
-)
+__all__ = ["GaussianModel", "random_pipeline", "random_sampler", "random_step"]
 
 
-def random_sampler(
-    *, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Sampler:
-    """A Stable Diffusion of random weights: 32 x 32 pixels, milliseconds a step, no downloads.
+def __getattr__(name: str) -> Any:  # pytest imports this package for its fixtures
+    from importlib import import_module
 
-    Its pictures show nothing, but every number reacts to every input.
-
-    Args:
-        prediction_type: "epsilon" or "v_prediction".
-    """
-    return Sampler.from_pipeline(random_pipeline(prediction_type, dtype, seed))
-
-
-def random_pipeline(
-    prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Any:
-    """The `StableDiffusionPipeline` of `random_sampler`."""
-    mend_torchvision()
-    import diffusers
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts = _random_networks()
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-    pipeline = diffusers.StableDiffusionPipeline(
-        **parts,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
-
-
-def _random_networks() -> dict[str, Any]:
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    tokenizer = _tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-    networks = {"text_encoder": CLIPTextModel(text), "unet": unet, "vae": vae}
-    return {"tokenizer": tokenizer, **{name: n.eval() for name, n in networks.items()}}
-
-
-def _tokenizer() -> Any:
-    """A real `CLIPTokenizer`: one token for each of `WORDS`, pieces of letters for the rest."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(c) for c in range(33, 127)]
-    vocabulary = {t: i for i, t in enumerate([*letters, *(f"{c}</w>" for c in letters)])}
-    merges = []
-    for word in WORDS:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while len(pieces) > 1:
-            merge = (pieces[0], pieces[1])
-            if merge not in merges:
-                merges.append(merge)
-            pieces[:2] = ["".join(merge)]
-            vocabulary.setdefault(pieces[0], len(vocabulary))
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocabulary[special] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
-
-
-def random_step(
-    *,
-    image: Tensor | None = None,
-    rgb: Tensor | None = None,
-    x0: Tensor | None = None,
-    num_images: int = 2,
-    index: int = 0,
-    num_steps: int = 10,
-    seed: int = 0,
-) -> Step:
-    """A step of random numbers as a guide sees it, to call its loss without a run.
-
-    `step.image`, `step.rgb` and `step.x0` take gradients: `torch.autograd.grad(loss.sum(),
-    step.image)`. `step.run.model` is None.
-
-    Args:
-        image: what the step shows (B, 3, 8H, 8W) instead of random numbers (B, 3, 128, 128).
-        rgb: the same at latent size (B, 3, H, W).
-        x0: the same in latents (B, 4, H, W).
-        num_images: B, where none of the three is given.
-    """
-    given = [len(tensor) for tensor in (image, rgb, x0) if tensor is not None]
-    batch, generator = (given or [num_images])[0], torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(batch, *shape, generator=generator)
-
-    pictures = {"image": random(3, 128, 128), "rgb": random(3, 16, 16)}
-    pictures |= {n: t for n, t in (("image", image), ("rgb", rgb)) if t is not None}
-    run = Run(seed=seed, num_images=batch, steps=num_steps)
-    state = StepState(
-        run=run,
-        index=index,
-        num_steps=num_steps,
-        timestep=torch.tensor(500),
-        level=NoiseLevel.of(alpha=0.6, sigma=0.8, prediction_type="epsilon"),
-        latents=random(4, 16, 16),
-        conditioning=Conditioning({"values": random(77, 16)}),
-        generators=lambda plugin: seeded(run, plugin),
-        output=random(4, 16, 16),
-        _x0=x0,
-    )
-    graph = SharedGraph(state.x0, lambda _: pictures["image"], lambda _: pictures["rgb"])
-    return Step(state, "plugin", Leaves(graph))
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "exact" if name == "GaussianModel" else "random_models"
+    return getattr(import_module(f".{module}", __name__), name)

@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 from pilotfish import Guide, Setting, pixels, read_picture
 
 from .networks import CHECKPOINT, MODEL, Networks, choose, load
-from .views import cut
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
@@ -81,7 +80,7 @@ class Clip(Guide):
         if picture is None:
             features = networks.read(list(settings.text))  # (T, D)
         else:
-            views = cut(picture, networks.size, networks.kernel, 0, [])
+            views = networks.views(picture, 0, [])
             features = networks.see(views.flatten(0, 1))
         weights = [1.0] if settings.text is None else list(settings.text.values())
         total = sum(map(abs, weights))
@@ -89,8 +88,8 @@ class Clip(Guide):
         return Target(networks, features.detach(), shares)
 
     def loss_guidance(self, step: Step, state: Target) -> Tensor:
-        networks, count = state.networks, self.settings.cutouts
-        views = cut(step.image, networks.size, networks.kernel, count, step.generator)
+        networks = state.networks
+        views = networks.views(step.image, self.settings.cutouts, step.generator)
         features = networks.see(views.flatten(0, 1)).view(*views.shape[:2], -1)
         distance = spherical_distance(features.unsqueeze(2), state.features)  # (B, views, T)
         loss: Tensor = (distance * state.weights).sum(-1).mean(-1)

@@ -7,21 +7,20 @@ import logging
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from pilotfish import ModelError, SettingsError
-
-from .views import cubic, linear
+from pilotfish import ModelError, SettingsError, cutouts
 
 if TYPE_CHECKING:
     from pilotfish import Run
 
 MODEL, CHECKPOINT = "ViT-B-32", "laion2b_s34b_b79k"  # where a model brings no CLIP of its own
 OWN = "clip"  # in a diffusion model's folder, the folder of its own CLIP
+SMALLEST = 0.5  # side of a cutout, as a fraction of the picture's shorter side
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 HALF_SCALE = 2.0**10  # on gradients inside a float16 CLIP: a pixel's is about 1e-6, and vanishes
 
@@ -34,7 +33,6 @@ class Networks:
 
     Attributes:
         size: (height, width) of the pictures that it takes.
-        kernel: the filter that pictures are resized with.
 
     Raises:
         ModelError: open_clip cannot load it.
@@ -52,9 +50,14 @@ class Networks:
             raise ModelError(f"open_clip cannot load {what}: {error}") from error
         size = config["size"]
         self.size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
-        self.kernel = linear if config.get("interpolation") == "bilinear" else cubic
+        linear = config.get("interpolation") == "bilinear"
+        self._kernel: Literal["bilinear", "bicubic"] = "bilinear" if linear else "bicubic"
         self._mean = torch.tensor(config["mean"], device=device).view(-1, 1, 1)
         self._std = torch.tensor(config["std"], device=device).view(-1, 1, 1)
+
+    def views(self, images: Tensor, count: int, generators: list[torch.Generator]) -> Tensor:
+        """Each image (B, 3, H, W) whole, and random squares of it: (B, 1 + count, 3, *size)."""
+        return cutouts(images, self.size, count, generators, smallest=SMALLEST, kernel=self._kernel)
 
     def see(self, pictures: Tensor) -> Tensor:
         """Pictures (N, 3, height, width) in about [0, 1] -> features (N, D); differentiable."""

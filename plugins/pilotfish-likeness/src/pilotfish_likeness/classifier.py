@@ -10,15 +10,15 @@ from pydantic import ValidationInfo, field_serializer, field_validator
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from pilotfish import Guide, Setting, SettingsError, at_least_float32
+from pilotfish import Guide, Setting, SettingsError, at_least_float32, cutouts
 
 from .networks import class_of, load
-from .views import look
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
 
 OWN = "classifier"  # in a diffusion model's folder, the folder of its own classifier
+SMALLEST = 0.7  # side of a cutout, as a fraction of the picture's shorter side
 PYTHON = "python:"  # how a callable stands in a run file
 
 
@@ -81,7 +81,7 @@ class Classifier(Guide):
     def loss_guidance(self, step: Step, state: Aim) -> Tensor:
         images = step.image
         size = state.size or (images.shape[2], images.shape[3])
-        views = look(images, size, self.settings.cutouts, step.generator)
+        views = cutouts(images, size, self.settings.cutouts, step.generator, smallest=SMALLEST)
         logits = state.logits(views.flatten(0, 1))
         check(logits, views.shape[0] * views.shape[1], state.index)
         loss: Tensor = -log_softmax(at_least_float32(logits), dim=-1)[:, state.index]

@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
-from pydantic import field_validator
 from torch import Tensor
 
-from pilotfish import Guide, Setting, SettingsError, pixels, read_picture
+from pilotfish import Area, Guide, Setting, area_weights, pixels, read_picture
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
-
-Box = tuple[float, float, float, float]
 
 
 class Reference(Guide):
@@ -41,27 +38,11 @@ class Reference(Guide):
             description="waves across the picture's shorter side, of which half is kept; more "
             "waves are finer structure, 0 is the mean colour",
         )
-        region: Box | Path | None = Setting(
+        region: Area | None = Setting(
             None,
             description="where to look: [left, top, right, bottom] as fractions of the picture, or "
             "a picture file, white where it counts",
         )
-
-        @field_validator("region", mode="before")
-        @classmethod
-        def _inside(cls, region: Any) -> Any:
-            if region is None or isinstance(region, str | Path):
-                return region
-            try:
-                left, top, right, bottom = map(float, region)
-            except (TypeError, ValueError):
-                left = top = right = bottom = math.nan
-            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-                raise ValueError(
-                    "[left, top, right, bottom] with 0 <= left < right <= 1 and "
-                    "0 <= top < bottom <= 1, or a picture file"
-                )
-            return left, top, right, bottom
 
     def setup(self, run: Run) -> Target:
         settings, model = self.settings, run.model
@@ -70,7 +51,9 @@ class Reference(Guide):
         content = pixels(picture).to(model.device)
         if settings.space == "latent":
             content = model.encode(content).float()
-        weights = region_weights(settings.region, size, (content.shape[2], content.shape[3]))
+        cells = content.shape[2], content.shape[3]
+        region = (0, 0, 1, 1) if settings.region is None else settings.region
+        weights = area_weights(region, cells, what="Reference: region")
         return Target(content, weights.to(content), settings.cutoff)
 
     def loss_guidance(self, step: Step, state: Target) -> Tensor:
@@ -122,32 +105,3 @@ def lowpass(side: int, shorter: int, cutoff: float) -> Tensor:
     distance = places[:, None] - places
     weights = torch.exp(-((math.pi * cutoff * distance) ** 2) / math.log(2))
     return weights / weights.sum(dim=1, keepdim=True)
-
-
-def region_weights(
-    region: Box | Path | None, size: tuple[int, int], cells: tuple[int, int]
-) -> Tensor:
-    """How much of each cell lies inside, (1, 1, *cells) in [0, 1].
-
-    Args:
-        size: of the picture in pixels, (height, width).
-
-    Raises:
-        SettingsError: nothing lies inside.
-    """
-    if isinstance(region, Path):
-        mask = pixels(read_picture(region, "Reference: region", mode="L", size=size))
-        weights = torch.nn.functional.adaptive_avg_pool2d(mask, cells)
-    else:
-        left, top, right, bottom = region or (0, 0, 1, 1)
-        rows, columns = covered(top, bottom, cells[0]), covered(left, right, cells[1])
-        weights = torch.outer(rows, columns)[None, None]
-    if not weights.any():
-        raise SettingsError(f"Reference: region must be white somewhere; {region} is all black")
-    return weights
-
-
-def covered(start: float, end: float, cells: int) -> Tensor:
-    """How much of each of `cells` lies between two fractions of a line."""
-    edges = torch.arange(cells + 1, dtype=torch.float64).clamp(start * cells, end * cells)
-    return edges.diff()

@@ -9,6 +9,7 @@
 | `film` | a run, step by step: noisy latents left, predicted x0 right; as a film or a sheet |
 | `grid` | one picture for each pair of two settings' values |
 | `table` | any pictures in labelled rows and columns |
+| `losses` | each guide's loss and share of the move over the steps |
 | `strip` | pictures side by side, each with a label |
 
 Nothing here decodes latents unless it is asked to.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .latents import RoundTrip, channels, roundtrip
     from .layout import strip, table
     from .schedules import Schedule, schedule
+    from .traces import losses
     from .words import Tokens, tokens
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "channels",
     "film",
     "grid",
+    "losses",
     "roundtrip",
     "schedule",
     "strip",
@@ -53,6 +56,7 @@ _LAZY = {
     "channels": "latents",
     "film": "films",
     "grid": "grids",
+    "losses": "traces",
     "roundtrip": "latents",
     "schedule": "schedules",
     "strip": "layout",

@@ -13,7 +13,7 @@ from ..hooks.plugin import Plugin
 from ..hooks.registry import Entry, use_of
 from ..hooks.stack import by_name
 from ..hooks.use import parse_use, parse_value
-from .run import KEYS
+from ..runs.run import KEYS, unknown_key
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
 TEXT_KEYS = {
@@ -93,7 +93,7 @@ def _preset(preset: Any, key: str, text: str) -> dict[str, Any]:
 def _known_key(key: str) -> str:
     known = {*KEYS, "model", "dtype"}
     if key not in known:
-        raise unknown("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
+        raise unknown_key("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
     return key
 
 
