@@ -73,7 +73,7 @@ class Schedule:
         A scheduler of two stages knows the second one's when it is there, and solvers may divide by
         the distance of two levels that are one: then a copy goes ahead.
         """
-        if self.can_repeat and len(self.timesteps.unique()) == self.num_steps > 0:
+        if self.can_repeat and len(set(self.timesteps.tolist())) == self.num_steps > 0:
             return tuple(noise_level(self._scheduler, i) for i in range(self.num_steps))
         ahead, levels = copy.deepcopy(self._scheduler), []
         latents = torch.zeros(1, 1, 1, 1, device=self.timesteps.device)
@@ -190,7 +190,7 @@ class Schedule:
         latents: Tensor,
         generators: list[torch.Generator],
     ) -> Tensor:
-        options = dict(self._options)
+        options: dict[str, Any] = dict(self._options)
         if "generator" in options:
             options["generator"] = generators if len(generators) > 1 else generators[0]
         after: Tensor = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
