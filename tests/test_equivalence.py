@@ -34,6 +34,16 @@ every_scheduler = pytest.mark.parametrize("name", SCHEDULERS)
 STEPS = 4
 
 
+@pytest.fixture(scope="module")
+def v_pipeline():
+    return random_pipeline("v_prediction")
+
+
+@pytest.fixture(scope="module")
+def half_pipeline():
+    return random_pipeline(dtype=torch.bfloat16)
+
+
 class Red(Guide):
     def loss_guidance(self, step):
         return step.image[:, 0].mean(dim=(1, 2))
@@ -94,22 +104,20 @@ def test_an_unguided_run_by_class_name_equals_diffusers(pipeline, ours, name):
 
 
 @every_scheduler
-def test_v_prediction_with_a_scheduler_object_equals_diffusers(ours, name):
-    pipeline = random_pipeline("v_prediction")
-    scheduler = made(pipeline, name)
+def test_v_prediction_with_a_scheduler_object_equals_diffusers(v_pipeline, ours, name):
+    scheduler = made(v_pipeline, name)
     before = dict(vars(scheduler))
-    latents = ours(scheduler, sampler=Sampler.from_pipeline(pipeline))
+    latents = ours(scheduler, sampler=Sampler.from_pipeline(v_pipeline))
     assert all(vars(scheduler)[key] is value for key, value in before.items())  # a copy ran
-    assert torch.equal(latents, theirs(pipeline, scheduler))
+    assert torch.equal(latents, theirs(v_pipeline, scheduler))
 
 
 @every_scheduler
-def test_bfloat16_with_a_table_equals_diffusers_in_bfloat16(ours, name):
-    pipeline = random_pipeline(dtype=torch.bfloat16)
+def test_bfloat16_with_a_table_equals_diffusers_in_bfloat16(half_pipeline, ours, name):
     config = {"num_train_timesteps": 900}
-    latents = ours({"name": name, **config}, sampler=Sampler.from_pipeline(pipeline))
+    latents = ours({"name": name, **config}, sampler=Sampler.from_pipeline(half_pipeline))
     assert latents.dtype == torch.bfloat16
-    assert torch.equal(latents, theirs(pipeline, made(pipeline, name, **config)))
+    assert torch.equal(latents, theirs(half_pipeline, made(half_pipeline, name, **config)))
 
 
 @every_scheduler
