@@ -1,7 +1,7 @@
 """Gradient checkpointing: what it keeps of a UNet of Stable Diffusion 1.5's shape, and its undo."""
 
 import contextlib
-import copy
+import functools
 
 import pytest
 import torch
@@ -10,20 +10,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pilotfish.models.checkpointing import checkpointed, parts
+from pilotfish import Sampler
+from pilotfish.models.checkpointing import checkpoint_layers
+from pilotfish.models.copies import own_copy
 from pilotfish.models.protocol import Conditioning
 from pilotfish.models.schedulers import diffusers
+from pilotfish.testing import random_pipeline
 
 
 @pytest.fixture(scope="module")
-def model(sampler):
+def model():
     """The random model, with a UNet of 860 million parameters in the place of its own."""
-    model = copy.copy(sampler.model)
+    pipeline = random_pipeline()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model.unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).eval()
-    assert sum(p.numel() for p in model.unet.parameters()) == 859_520_964
-    return model
+        pipeline.unet = diffusers.UNet2DConditionModel(cross_attention_dim=16).eval()
+    assert sum(p.numel() for p in pipeline.unet.parameters()) > 800_000_000
+    return Sampler.from_pipeline(pipeline).model
 
 
 class Storages(TorchDispatchMode):
@@ -52,12 +55,12 @@ def gradient_and_kept_bytes(model, checkpointing, side=32):
     """Of one prediction: the gradient at the latents, and what the graph keeps for it."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, side, side, generator=generator).requires_grad_()
-    conditioning = Conditioning(torch.randn(1, 77, 768, generator=generator))
-    with model.differentiable(checkpointing):
-        with Storages() as storages:
-            output = model.predict(latents, torch.tensor(500), conditioning)
-        kept = storages.alive(model.unet)
-        (gradient,) = torch.autograd.grad(output.square().sum(), latents)
+    conditioning = Conditioning({"values": torch.randn(1, 77, 16, generator=generator)})
+    own = model.differentiable(checkpointing)
+    with Storages() as storages:
+        output = own.predict(latents, torch.tensor(500), conditioning)
+    kept = storages.alive(own.unet)
+    (gradient,) = torch.autograd.grad(output.square().sum(), latents)
     return gradient, kept
 
 
@@ -77,24 +80,43 @@ def test_auto_checkpoints_a_network_of_this_size(model):
     assert gradient_and_kept_bytes(model, "off", side=8)[1] > kept
 
 
-@pytest.mark.parametrize("fail", [False, True])
-def test_a_forward_that_was_replaced_before_is_called_and_put_back(fail):
+def checkpointed(network):
+    """A copy of a network whose layers keep only their inputs."""
+    own = own_copy(network)
+    checkpoint_layers(own, "on", contextlib.nullcontext)
+    return own
+
+
+def test_a_forward_that_was_replaced_before_is_called_and_stays():
     """As accelerate's hooks replace it, to move what a module takes to its device."""
     block, calls = resnet.Downsample2D(4), []
     original = block.forward
 
     def hooked(*args):
         calls.append(args)
-        if fail:
-            raise RuntimeError("on purpose")
         return original(*args)
 
     block.forward = hooked
-    expected = pytest.raises(RuntimeError, match="purpose") if fail else contextlib.nullcontext()
-    with expected, checkpointed(parts(block)):
-        assert block.forward is not hooked
-        block(torch.ones(1, 4, 4, 4, requires_grad=True))
-    assert calls and block.forward is hooked
+    own = checkpointed(block)
+    own(torch.ones(1, 4, 4, 4, requires_grad=True)).sum().backward()
+    assert len(calls) == 2  # once more for the gradient
+    assert block.forward is hooked and own.forward is not hooked
+
+
+def test_a_copy_is_bound_to_itself_and_shares_its_weights():
+    block = resnet.ResnetBlock2D(in_channels=8, temb_channels=None, groups=4).eval()
+    block.norm1._old_forward = block.norm1.forward
+    block.norm1.forward = functools.partial(lambda m, x: m._old_forward(x) * m.gain, block.norm1)
+    block.norm1.gain = 1.0
+    own = own_copy(block)
+    own.norm1.gain = 2.0
+    image = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(own(image, None), block(image, None))
+    own.norm1.gain = 1.0
+    assert torch.equal(own(image, None), block(image, None))
+    for ours, theirs in zip(own.parameters(), block.parameters(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr() and theirs.requires_grad
+        assert not ours.requires_grad
 
 
 def test_dropout_is_drawn_again_as_it_was():
@@ -102,10 +124,10 @@ def test_dropout_is_drawn_again_as_it_was():
     block = resnet.ResnetBlock2D(**options).train()
     image = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    def gradient(modules):
-        with torch.random.fork_rng(), checkpointed(modules):
+    def gradient(module):
+        with torch.random.fork_rng():
             torch.manual_seed(1)
-            output = block(image, None)
+            output = module(image, None)
             return torch.autograd.grad(output.square().sum(), image)[0]
 
-    torch.testing.assert_close(gradient(parts(block)), gradient([]), rtol=0, atol=0)
+    torch.testing.assert_close(gradient(checkpointed(block)), gradient(block), rtol=0, atol=0)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import diffusers
 import pytest
 import torch
 
@@ -114,14 +115,21 @@ def test_a_start_adds_noise_of_the_level_of_its_step(sampler, scheduler):
     assert plugin.checked
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm", "euler-ancestral"])
-def test_a_start_draws_from_the_runs_own_generators(sampler, latents_of, scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "kind"),
+    [
+        ("ddim", diffusers.DDIMScheduler),
+        ("ddpm", diffusers.DDPMScheduler),
+        ("euler-ancestral", diffusers.EulerAncestralDiscreteScheduler),
+    ],
+)
+def test_a_start_draws_from_the_runs_own_generators(pipeline, latents_of, scheduler, kind):
     class Noise(Plugin):
         def start_latents(self, run, start):
-            size = run.model.new_scheduler(scheduler)
-            size.set_timesteps(run.steps)
+            made = kind.from_config(pipeline.scheduler.config)
+            made.set_timesteps(run.steps)
             noise = draw((run.num_images, 4, 16, 16), start.generator, run.model.dtype)
-            return noise * size.init_noise_sigma, 0
+            return noise * made.init_noise_sigma, 0
 
     run = {"scheduler": scheduler, "num_images": 2}
     assert torch.equal(latents_of(Noise(), **run), latents_of(**run))

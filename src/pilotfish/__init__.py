@@ -38,9 +38,9 @@ if TYPE_CHECKING:
         whole_file,
     )
     from .runs.run import Run
+    from .sampling.outside import keep_outside
     from .sampling.sampler import Result, Sampler, Stream
-    from .sampling.schedule import Schedule
-    from .sampling.start import Start
+    from .sampling.schedule import Schedule, Start
     from .sampling.step import Step
     from .sampling.trace import Record, Trace
 
@@ -80,6 +80,7 @@ __all__ = [
     "guide",
     "hookimpl",
     "is_finite",
+    "keep_outside",
     "load",
     "make_plugin",
     "mend_torchvision",
@@ -100,7 +101,7 @@ _LAZY = {
     "Run": "runs.run",
     "Sampler": "sampling.sampler",
     "Schedule": "sampling.schedule",
-    "Start": "sampling.start",
+    "Start": "sampling.schedule",
     "Step": "sampling.step",
     "Stream": "sampling.sampler",
     "Trace": "sampling.trace",
@@ -112,6 +113,7 @@ _LAZY = {
     "at_least_float32": "guidance.noise",
     "draw": "guidance.noise",
     "is_finite": "runs.pictures",
+    "keep_outside": "sampling.outside",
     "mend_torchvision": "models.torchvision",
     "pixels": "runs.pictures",
     "read_picture": "runs.pictures",

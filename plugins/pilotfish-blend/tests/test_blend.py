@@ -342,8 +342,9 @@ def test_each_text_encoder_gets_vectors_of_its_own_table(sampler):
     encoders = (first, dataclasses.replace(other, name="text_encoder_2"))
     run = SimpleNamespace(plugins=[], model=SimpleNamespace(text_encoders=encoders))
     plugin = TokenBlend(word="cat", mix={"puppy": 0.5})
-    plugin.prompt_transform("a cat", run)
-    (vectors,) = plugin.vocabulary(run).values()
+    state = plugin.setup()
+    plugin.prompt_transform("a cat", run, state)
+    (vectors,) = plugin.vocabulary(run, state).values()
     for encoder in encoders:
         half = rows(SimpleNamespace(model=SimpleNamespace(text_encoders=[encoder])), "cat", "puppy")
         torch.testing.assert_close(vectors[encoder.name], half.mean(0, keepdim=True))
@@ -485,6 +486,12 @@ def test_signs_of_the_syntax_inside_a_word_are_refused(latents_of):
 def test_a_mark_whose_plugin_is_not_in_the_run_is_refused(latents_of, mark, plugin, missing):
     with pytest.raises(InputError, match=f"is for the plugin '{missing}', which this run does not"):
         latents_of(f"a red {mark}", plugin)
+
+
+@pytest.mark.parametrize("module", ["pilotfish_blend", "pilotfish_blend.words"])
+def test_a_plugin_named_by_its_module_reads_its_marks(latents_of, module):
+    assert torch.equal(latents_of("a [[red -> blue]] cat", f"{module}:TokenSwap"),
+                       latents_of("a blue cat"))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -638,7 +645,7 @@ def test_nothing_of_a_run_is_kept_after_it_also_when_it_fails(sampler):
             sampler(CAT, plugins=[swap, blend, *last], steps=1, seed=0)
         except Exception as error:
             assert "raised RuntimeError" in str(error)
-        assert not blend._mixtures and not swap._added
+        assert all(vars(plugin).keys() == {"settings"} for plugin in (blend, swap))
     assert len(sampler.model.tokenizer) == size
 
 

@@ -22,8 +22,9 @@ from pilotfish_kit import check_plugin
 from safetensors.torch import save_file
 from torch import Tensor
 
+import pilotfish
 from pilotfish import ModelError, SettingsError
-from pilotfish.testing import random_sampler
+from pilotfish.testing import random_pipeline, random_sampler
 
 # cuBLAS reads it when it starts, and is not deterministic without.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -92,20 +93,11 @@ def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def run_of(sampler):
-    return SimpleNamespace(model=sampler.model)
-
-
 def loss(guide: Clip, sampler, images: Tensor, seed: int = 0) -> Tensor:
     """The guide's loss of images, as in a run of their own."""
-    run = run_of(sampler)
-    guide.setup(run)
+    state = guide.setup(SimpleNamespace(model=sampler.model))
     seeds = range(seed, seed + len(images))
-    value = guide.loss_guidance(
-        SimpleNamespace(run=run, image=images, generator=generators(*seeds))
-    )
-    guide.teardown(run)
-    return value
+    return guide.loss_guidance(SimpleNamespace(image=images, generator=generators(*seeds)), state)
 
 
 # ---- the distance ----
@@ -168,8 +160,7 @@ def test_pictures_are_seen_as_open_clips_own_transform_shows_them(name, clips, t
         expected = model.eval().encode_image(transform(picture)[None])
     guide = Clip(image=tmp_path / "a.png", model=clips[name])
     run = SimpleNamespace(model=SimpleNamespace(device=CPU, dtype=torch.float32))
-    guide.setup(run)
-    ours = guide._targets[id(run)].features
+    ours = guide.setup(run).features
     # Pillow rounds to 8 bits between its two passes.
     assert spherical_distance(ours, expected).item() < 1e-4
 
@@ -412,12 +403,10 @@ def test_settings_survive_toml(picture_file):
         assert Clip(**tomllib.loads(tomli_w.dumps(kept))).settings == guide.settings
 
 
-def test_the_clip_in_the_models_own_folder_is_the_default(
-    sampler, vit, tmp_path, monkeypatch, loads
-):
+def test_the_clip_in_the_models_own_folder_is_the_default(vit, tmp_path, loads):
+    random_pipeline().save_pretrained(tmp_path)
     (tmp_path / "clip").symlink_to(vit.removeprefix("local-dir:"))
-    monkeypatch.setattr(sampler.model, "folder", tmp_path, raising=False)
-    sampler("", plugins=[Clip(text="a cat")], steps=1, seed=0)
+    pilotfish.load(tmp_path, device="cpu")("", plugins=[Clip(text="a cat")], steps=1, seed=0)
     assert loads == [(f"local-dir:{tmp_path / 'clip'}", "fp32")]
 
 
@@ -474,7 +463,7 @@ def test_one_guide_serves_two_runs_at_a_time(sampler, vit):
             next(stream)
     for stream, latents in zip(streams, expected, strict=True):
         torch.testing.assert_close(stream.result().latents, latents, rtol=0, atol=0)
-    assert not guide._targets
+    assert vars(guide).keys() == {"settings"}  # nothing of a run is kept in it
 
 
 def test_two_guides_draw_different_cutouts(sampler, vit):

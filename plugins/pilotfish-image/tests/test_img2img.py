@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from PIL import Image
@@ -54,9 +56,11 @@ def latents_of(sampler, picture_file):
 
 
 def theirs(pipeline, picture_file, scheduler, seeds=(3,), strength=0.6, **options):
-    ours = Sampler.from_pipeline(pipeline).model.new_scheduler(scheduler)
+    kind = getattr(diffusers, scheduler)
+    clips = {"clip_sample": False} if "clip_sample" in inspect.signature(kind).parameters else {}
+    made = kind.from_config(pipeline.scheduler.config, **clips)
     pipe = diffusers.StableDiffusionImg2ImgPipeline(
-        **{**pipeline.components, "scheduler": ours}, requires_safety_checker=False
+        **{**pipeline.components, "scheduler": made}, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from pilotfish_image import CfgInterval, CfgRescale, Threshold
 
-from pilotfish import InputError, Plugin, Sampler, SettingsError, mend_torchvision
+from pilotfish import Plugin, Sampler, SettingsError, mend_torchvision
 from pilotfish.testing import random_pipeline
 
 mend_torchvision()
@@ -100,10 +99,18 @@ def test_thresholds_gradient_is_the_derivative_with_the_size_held():
 # ---- cfg-rescale ----
 
 
+CLASSES = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "dpmsolver-multistep": diffusers.DPMSolverMultistepScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+}
+
+
 def theirs(pipeline, scheduler, rescale, **options):
-    ours = Sampler.from_pipeline(pipeline).model.new_scheduler(scheduler)
+    made = CLASSES[scheduler].from_config(pipeline.scheduler.config)  # which does not clip
     pipe = diffusers.StableDiffusionPipeline(
-        **{**pipeline.components, "scheduler": ours}, requires_safety_checker=False
+        **{**pipeline.components, "scheduler": made}, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe(
@@ -141,9 +148,9 @@ def test_without_guidance_there_is_nothing_to_tame(latents_of, plugin):
 
 def test_rescaled_fully_the_prediction_has_the_prompts_own_contrast():
     cond, uncond = latents(1.0), latents(3.0).flip(1)
-    step = SimpleNamespace(run=SimpleNamespace(guidance_scale=7.5))
-    ours = CfgRescale(rescale=1.0).combine_predictions(cond, uncond, step)
-    torch.testing.assert_close(ours.std(), cond.std())
+    guided = uncond + 7.5 * (cond - uncond)
+    ours = CfgRescale(rescale=1.0).combine_predictions(guided, cond, uncond)
+    torch.testing.assert_close(ours, guided * (cond.std() / guided.std()))
 
 
 # ---- cfg-interval ----
@@ -166,9 +173,9 @@ def test_a_window_means_the_same_noise_with_every_scheduler(sampler, scheduler):
     guided, window = [], CfgInterval(low=0.28, high=5.42)
 
     class Look(Plugin):
-        def combine_predictions(self, cond, uncond, step):
-            # A window that answers nothing lets the next one be asked.
-            guided.append(step.sigma / step.alpha)
+        def combine_predictions(self, prediction, cond, step):
+            if not torch.equal(prediction, cond):
+                guided.append(step.sigma / step.alpha)
 
     levels = [
         step.sigma / step.alpha
@@ -178,12 +185,64 @@ def test_a_window_means_the_same_noise_with_every_scheduler(sampler, scheduler):
     assert 0 < len(guided) < len(levels)
 
 
-def test_interval_and_rescale_work_together_in_that_order_alone(latents_of):
-    both = latents_of(CfgInterval(), CfgRescale())
-    assert not torch.equal(both, latents_of(CfgInterval()))
-    assert not torch.equal(both, latents_of(CfgRescale()))
-    with pytest.raises(InputError, match="list cfg-interval before cfg-rescale"):
-        latents_of(CfgRescale(), CfgInterval())
+class Halve(Plugin):
+    """What another plugin makes of a prediction."""
+
+    def combine_predictions(self, prediction):
+        return prediction / 2
+
+
+class Keep(Plugin):
+    """Writes down what came of each step, and whether it lies in the default window."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def combine_predictions(self, prediction, cond, uncond, step):
+        self.seen.append((0.28 < step.sigma / step.alpha <= 5.42, prediction, cond, uncond))
+
+
+def by_hand(cond, uncond, scale=7.5):
+    """The guided prediction, and the paper's of rescale 0.7 for any prediction."""
+
+    def rescaled(prediction):
+        contrast = cond.std(dim=(1, 2, 3)) / prediction.std(dim=(1, 2, 3))
+        return 0.7 * prediction * contrast.view(-1, 1, 1, 1) + 0.3 * prediction
+
+    return uncond + scale * (cond - uncond), rescaled
+
+
+@pytest.mark.parametrize(
+    ("plugins", "inside", "outside"),
+    [
+        (lambda: (CfgInterval(), CfgRescale()), lambda g, c, r: r(g), lambda g, c, r: r(c)),
+        (lambda: (CfgRescale(), CfgInterval()), lambda g, c, r: r(g), lambda g, c, r: c),
+        (lambda: (CfgInterval(), Halve()), lambda g, c, r: g / 2, lambda g, c, r: c / 2),
+        (lambda: (Halve(), CfgInterval()), lambda g, c, r: g / 2, lambda g, c, r: c),
+        (lambda: (Halve(), CfgRescale()), lambda g, c, r: r(g / 2), lambda g, c, r: r(g / 2)),
+        (lambda: (CfgRescale(), Halve()), lambda g, c, r: r(g) / 2, lambda g, c, r: r(g) / 2),
+    ],
+    ids=[
+        *("interval, rescale", "rescale, interval", "interval, halve", "halve, interval"),
+        *("halve, rescale", "rescale, halve"),
+    ],
+)
+def test_each_takes_up_what_the_plugins_before_it_made(latents_of, plugins, inside, outside):
+    keep = Keep()
+    latents_of(*plugins(), keep, steps=12, num_images=2, guidance_scale=7.5)
+    assert {lies_inside for lies_inside, *_ in keep.seen} == {True, False}
+    for lies_inside, prediction, cond, uncond in keep.seen:
+        guided, rescaled = by_hand(cond, uncond)
+        expected = (inside if lies_inside else outside)(guided, cond, rescaled)
+        torch.testing.assert_close(prediction, expected)
+
+
+def test_threshold_acts_on_what_they_make_wherever_it_stands(latents_of):
+    orders = [(Threshold(limit=2.5), CfgRescale()), (CfgRescale(), Threshold(limit=2.5))]
+    one, other = (latents_of(*plugins) for plugins in orders)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, latents_of(CfgRescale()))
 
 
 # ---- settings, and a trained model ----

@@ -22,8 +22,9 @@ from pilotfish_likeness.networks import Network, class_of, load
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
+import pilotfish
 from pilotfish import ModelError, PluginError, SettingsError, cutouts
-from pilotfish.testing import random_sampler
+from pilotfish.testing import random_pipeline, random_sampler
 
 CPU = torch.device("cpu")
 NAMES = ("fox", "cat", "tench, Tinca tinca", "crane", "crane", "7", "traffic light")
@@ -84,14 +85,9 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 def loss(guide: Classifier, sampler, images: Tensor, seed: int = 0) -> Tensor:
     """The guide's loss of images, as in a run of their own."""
-    run = SimpleNamespace(model=sampler.model)
-    guide.setup(run)
+    state = guide.setup(SimpleNamespace(model=sampler.model))
     seeds = range(seed, seed + len(images))
-    value = guide.loss_guidance(
-        SimpleNamespace(run=run, image=images, generator=generators(*seeds))
-    )
-    guide.teardown(run)
-    return value
+    return guide.loss_guidance(SimpleNamespace(image=images, generator=generators(*seeds)), state)
 
 
 def corners(images: Tensor) -> Tensor:
@@ -468,20 +464,19 @@ def test_settings_survive_toml():
         assert Classifier(**tomllib.loads(tomli_w.dumps(kept))).settings == guide.settings
 
 
-def test_the_classifier_in_the_models_own_folder_is_the_default(
-    sampler, folder, tmp_path, monkeypatch, loads
-):
+def test_the_classifier_in_the_models_own_folder_is_the_default(folder, tmp_path, loads):
+    random_pipeline().save_pretrained(tmp_path)
     (tmp_path / "classifier").symlink_to(folder)
-    monkeypatch.setattr(sampler.model, "folder", tmp_path, raising=False)
-    sampler("", plugins=["classifier:label=fox"], steps=1, seed=0)
+    owner = pilotfish.load(tmp_path, device="cpu")
+    owner("", plugins=["classifier:label=fox"], steps=1, seed=0)
     assert loads == [(str(tmp_path / "classifier"), torch.float32)]
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_model_without_a_classifier_of_its_own_asks_for_one(
-    known, sampler, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sampler.model, "folder", tmp_path if known else None, raising=False)
+def test_a_model_without_a_classifier_of_its_own_asks_for_one(known, sampler, tmp_path):
+    if known:
+        random_pipeline().save_pretrained(tmp_path)
+        sampler = pilotfish.load(tmp_path, device="cpu")
     with pytest.raises(SettingsError, match="model must be a folder or hub id.*got None, and the"):
         sampler("", plugins=[Classifier(label="fox")])
 
@@ -519,7 +514,7 @@ def test_one_guide_serves_two_runs_at_a_time(sampler, folder):
             next(stream)
     for stream, latents in zip(streams, expected, strict=True):
         torch.testing.assert_close(stream.result().latents, latents, rtol=0, atol=0)
-    assert not guide._aims
+    assert vars(guide).keys() == {"settings"}  # nothing of a run is kept in it
 
 
 def test_the_guide_is_installed_and_lowers_its_loss(sampler, folder):

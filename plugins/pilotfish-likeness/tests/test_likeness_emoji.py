@@ -45,10 +45,8 @@ def test_at_the_default_scale_reference_halves_its_distance(space, prompt, sampl
         image, _ = seen(sampler, latents)
         run = SimpleNamespace(model=sampler.model, height=64, width=64)
         with torch.no_grad():
-            guide.setup(run)
-            step = SimpleNamespace(run=run, x0=latents, image=image)
-            distances.append(guide.loss_guidance(step).mean().item())
-        guide.teardown(run)
+            state, step = guide.setup(run), SimpleNamespace(x0=latents, image=image)
+            distances.append(guide.loss_guidance(step, state).mean().item())
     assert distances[1] <= 0.5 * distances[0]
 
 

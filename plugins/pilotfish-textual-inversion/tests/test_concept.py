@@ -85,6 +85,11 @@ def test_a_renamed_word_is_the_same_word(sampler, ink):
     assert torch.equal(own, renamed)
 
 
+def test_the_word_may_be_written_in_capitals_where_the_tokenizer_does_not_tell(sampler, ink):
+    own = prompt_embeddings(sampler, "a <ink> cat", Concept(file=ink(3)))
+    assert torch.equal(own, prompt_embeddings(sampler, "a <INK> cat", Concept(file=ink(3))))
+
+
 def test_the_word_works_in_the_negative_prompt_too(sampler, ink):
     options = {"steps": 2, "seed": 1, "negative_prompt": "a <ink>"}
     with_word = sampler("a cat", plugins=[Concept(file=ink(1))], **options).latents
@@ -159,10 +164,7 @@ def test_more_vectors_than_a_prompt_has_room_for_are_refused(sampler, tmp_path, 
 
 def encoder(name, width):
     """A text encoder, as far as a concept looks at it."""
-    network = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(4, width))
-    return SimpleNamespace(
-        name=name, network=network, tokenizer=SimpleNamespace(model_max_length=77)
-    )
+    return SimpleNamespace(name=name, width=width, length=77)
 
 
 def test_a_pair_fits_two_encoders_each_with_its_own_width(tmp_path, sampler):

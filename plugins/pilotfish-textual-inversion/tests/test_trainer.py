@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -72,7 +73,8 @@ def test_loss_and_gradient_equal_those_of_diffusers_with_a_resized_encoder(
 
     pipeline = random_pipeline(prediction_type)
     training = Training(Sampler.from_pipeline(pipeline).model, pictures, changed(vectors=vectors))
-    batch = fixed_batch(training.lesson, 3)
+    captions = ("a {token}", "{token} and a red {token}", "a {token}")
+    batch = dataclasses.replace(fixed_batch(training.lesson, 3), captions=captions)
     ours = training.error(batch).mean()
     (gradient,) = torch.autograd.grad(ours, training.vectors)
 
@@ -80,11 +82,13 @@ def test_loss_and_gradient_equal_those_of_diffusers_with_a_resized_encoder(
     theirs = copy.deepcopy(pipeline)
     theirs.load_textual_inversion({"<ink>": training.vectors.detach()}, token="<ink>")
     table = theirs.text_encoder.get_input_embeddings().weight
-    prompt = theirs.maybe_convert_prompt("a <ink>", theirs.tokenizer)
-    ids = theirs.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+    prompts = theirs.maybe_convert_prompt(
+        ["a <ink>", "<ink> and a red <ink>", "a <ink>"], theirs.tokenizer
+    )
+    ids = theirs.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
     scheduler = diffusers.DDPMScheduler.from_config(theirs.scheduler.config)
     latents = scheduler.add_noise(batch.x0, batch.noise, batch.timesteps)
-    output = theirs.unet(latents, batch.timesteps, theirs.text_encoder(ids)[0].expand(3, -1, -1))
+    output = theirs.unet(latents, batch.timesteps, theirs.text_encoder(ids)[0])
     velocity = scheduler.get_velocity(batch.x0, batch.noise, batch.timesteps)
     target = velocity if prediction_type == "v_prediction" else batch.noise
     loss = torch.nn.functional.mse_loss(output.sample, target)
@@ -101,7 +105,7 @@ def test_captions_are_encoded_as_in_a_run_with_the_plugin(sampler, pictures, tmp
     training = Training(sampler.model, pictures, plan)
     file = tmp_path / "ink.safetensors"
     ((_, parts),) = read(file).items()
-    ours = training.prompts(["a red <ink> cat"], parts["text_encoder"])
+    ours = training.prompts(["a red <ink> cat"], parts["text_encoder"]).values
     (step,) = sampler.stream("a red <ink> cat", plugins=[Concept(file=file)], steps=1, seed=0)
     assert torch.equal(ours, step.embeddings)
 
@@ -125,6 +129,20 @@ def test_only_the_vectors_change_and_no_network_keeps_a_trace(pictures, tmp_path
     for network, weight in zip(networks, weights, strict=True):
         torch.testing.assert_close(dict(network.state_dict()), dict(weight), rtol=0, atol=0)
     assert len(pipeline.tokenizer) == words and not table._forward_hooks
+
+
+def test_a_run_on_the_same_sampler_goes_on_beside_a_training(sampler, pictures):
+    def stream():
+        return sampler.stream("a red cat", steps=PLAN.steps, seed=1)
+
+    alone = Training(sampler.model, pictures, PLAN)
+    for _ in alone.steps():
+        pass
+    beside, run = Training(sampler.model, pictures, PLAN), stream()
+    for _ in zip(beside.steps(), run, strict=True):
+        pass
+    assert torch.equal(beside.vectors, alone.vectors)
+    assert torch.equal(run.result().latents, stream().result().latents)
 
 
 def test_learning_lowers_the_loss_on_noise_that_it_did_not_see(sampler, pictures):
@@ -294,11 +312,12 @@ def test_latents_are_the_models_own_of_the_picture(sampler, pictures):
 # ---- what cannot work ----
 
 
+@pytest.mark.filterwarnings("ignore:the prompt is")  # of what is too long, beside the refusal
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"token": "a b"}, "token must be a word without spaces; got 'a b'"),
-        ({"token": "cat</w>"}, "token 'cat</w>' is a word of this model already"),
+        ({"token": "cat</w>"}, "'cat</w>' cannot be added: text_encoder already knows it"),
         ({"init": " "}, "init must be a word that the model knows; got ' '"),
         ({"captions": ("a cat",)}, r"caption 'a cat' has no \{token\}: write it where the word"),
         ({"captions": ()}, "captions must be one or more texts; got none"),
@@ -319,6 +338,15 @@ def test_a_plan_that_cannot_work_is_refused_before_it_begins(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_caption_that_is_cut_behind_the_word_is_told_once(sampler, pictures):
+    plan = changed(steps=2, captions=("a {token} of " + "a " * 75 + "cat",))
+    with pytest.warns(UserWarning, match="text_encoder takes 75. Dropped: '.*cat") as told:
+        training = Training(sampler.model, pictures, plan)
+        for _ in training.steps():
+            pass
+    assert len(told) == 1
+
+
 def test_pictures_that_cannot_be_read_are_named(sampler, pictures, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pictures must be one or more files; got none"):
         learned(sampler, [], tmp_path)
@@ -335,14 +363,14 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_keeps_the_checkpoint(
     pictures, tmp_path, monkeypatch
 ):
     sampler = random_sampler()
-    predict = sampler.model.predict
+    predict = type(sampler.model).predict
     calls = []
 
     def failing(*arguments):
         calls.append(1)
         return predict(*arguments) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(sampler.model, "predict", failing)
+    monkeypatch.setattr(type(sampler.model), "predict", failing)
     with pytest.raises(NonFiniteError, match="not finite at step 1 of 6; lower learning_rate"):
         learned(sampler, pictures, tmp_path)
     assert (tmp_path / "ink.training").exists()

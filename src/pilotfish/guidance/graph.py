@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from .clock import Span, mark
 
 
 class SharedGraph:
@@ -94,3 +94,28 @@ class Leaves:
         if name not in self.read:
             self.read[name] = self._graph.node(name).detach().requires_grad_()
         return self.read[name]
+
+
+# ---- how long a device takes for a part of its work, without waiting for it in between ----
+
+Span = tuple[Any, Any]  # two marks
+
+
+def mark(device: torch.device) -> Any:
+    """This moment in what a device does: on CUDA, which works behind Python, not Python's own."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def seconds(spans: Iterable[Span]) -> float:
+    """The sum of spans that the device has done."""
+    return sum(_between(start, end) for start, end in spans)
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start)
+    return float(start.elapsed_time(end)) / 1000  # CUDA's milliseconds

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ..models.protocol import Embedding
     from ..runs.run import Run
-    from ..sampling.start import Start
+    from ..sampling.schedule import Start
     from ..sampling.step import Step
 
 hookspec = pluggy.HookspecMarker("pilotfish")

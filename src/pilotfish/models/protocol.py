@@ -76,9 +76,14 @@ class TextEncoder(Protocol):
         length: T, its tokens, among them those that it adds itself.
     """
 
-    name: str
-    tokenizer: Any
-    network: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def network(self) -> Any: ...
 
     @property
     def width(self) -> int: ...
@@ -196,6 +201,7 @@ class LatentDiffusion(Protocol):
     Attributes:
         id: the folder or hub id that it came from.
         folder: where it lies on this disk, if it does.
+        factor: pixels of the picture for each cell of the latents, along a side.
         guidance: "cfg": by two predictions; "embedded": told to the network.
         denoiser: the module that patches hold on to.
         sites: the denoiser's attention, in order.
@@ -207,6 +213,7 @@ class LatentDiffusion(Protocol):
     dtype: torch.dtype
     text_encoders: Sequence[TextEncoder]
     defaults: Defaults
+    factor: int
     guidance: frozenset[str]
 
     @property

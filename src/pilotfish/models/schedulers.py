@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,7 @@ from .torchvision import mend_torchvision
 
 mend_torchvision()
 
-import diffusers  # noqa: E402  # after the declaration, because it imports torchvision
+import diffusers as diffusers  # noqa: E402  # after the declaration, because it imports torchvision
 from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 
 NONE = "none"  # TOML has no null
@@ -42,32 +44,70 @@ def new(spec: Any, own: Any) -> Any:
         raise InputError(f"scheduler must be a name or a diffusers scheduler; got {spec!r}")
     config = {"name": spec} if isinstance(spec, str) else dict(spec)
     scheduler = named(config.pop("name", ""))
-    config = {key: None if value == NONE else value for key, value in config.items()}
+    config = {key: _given(value, own) for key, value in config.items()}
     takes = inspect.signature(scheduler).parameters
     if wrong := sorted(config.keys() - takes.keys()):
         raise unknown(f"setting of the scheduler {short_name(scheduler)}", wrong[0], takes)
     if "clip_sample" in takes:
         # Some schedulers clip where the model's configuration is silent; latents never are.
         config.setdefault("clip_sample", own.config.get("clip_sample", False))
-    return _made(scheduler, own.config, config)
+    made = _made(scheduler, own.config, config)
+    return made if all(_is_plain(value) for value in config.values()) else _same(made)
+
+
+def _given(value: Any, own: Any) -> Any:
+    """A setting's value, from what a run file holds."""
+    if isinstance(value, Mapping) and "name" in value:  # UniPC's solver_p
+        return new(value, own)
+    return None if isinstance(value, str) and value == NONE else value
 
 
 def _same(scheduler: Any) -> Any:
-    made = _made(type(scheduler), scheduler.config, {})
-    for table in ("betas", "alphas_cumprod", "_shift"):
-        theirs, ours = getattr(scheduler, table, None), getattr(made, table, None)
-        if plain(theirs) != plain(ours):
-            raise InputError(
-                f"the {type(scheduler).__name__} has other {table.strip('_')} than its own "
-                "configuration gives: it was changed after it was made. Make it with what it "
-                "should have, so that a run can be repeated"
-            )
+    """Another of the same tables, made from nothing but what a run file can hold.
+
+    Numbers of NumPy and tensors as they are in a configuration give other betas than the same
+    numbers of Python: those betas are then given themselves.
+    """
+    kind, takes = type(scheduler), inspect.signature(type(scheduler)).parameters
+    config = {k: _given(plain(v), scheduler) for k, v in scheduler.config.items() if k in takes}
+    made = _made(kind, {}, config)
+    if "trained_betas" in takes and _numbers(scheduler, "betas") != _numbers(made, "betas"):
+        made = _made(kind, {}, {**config, "trained_betas": plain(scheduler.betas)})
+    theirs, ours = _tables(scheduler), _tables(made)
+    if wrong := sorted(name for name in ours if theirs.get(name) != ours[name]):
+        raise InputError(
+            f"the {kind.__name__} has other {wrong[0].strip('_')} than its own configuration "
+            "gives: it was changed after it was made. Make it with what it should have, so that "
+            "a run can be repeated"
+        )
     return made
+
+
+def _tables(scheduler: Any) -> dict[str, str]:
+    """The numbers that a scheduler goes by, whatever run it had before."""
+    ready, config = copy.deepcopy(scheduler), scheduler.config
+    try:
+        ready.set_timesteps(10, **({"mu": 1.0} if config.get("use_dynamic_shifting") else {}))
+    except Exception:  # it takes other steps; then what it was made with must do
+        return {name: _numbers(scheduler, name) for name in ("betas", "alphas_cumprod", "_shift")}
+    return {name: _numbers(ready, name) for name, value in vars(ready).items() if _is_table(value)}
+
+
+def _is_table(value: Any) -> bool:
+    if isinstance(value, list):  # of outputs and timesteps that were; None before the first
+        return not any(item is None or torch.is_tensor(item) for item in value)
+    numbers = (np.ndarray, np.generic, torch.Tensor, int, float)
+    return isinstance(value, numbers) and not isinstance(value, bool)
+
+
+def _numbers(scheduler: Any, name: str) -> str:
+    return repr(plain(getattr(scheduler, name, None)))  # in which NaN equals itself
 
 
 def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
     try:
-        return scheduler.from_config(base, **config)
+        # As `from_config`, which would also keep what another class takes, and log it.
+        return scheduler(**scheduler.extract_init_dict(base, **config)[0])
     except Exception as error:  # whatever a class makes of foreign values
         raise InputError(
             f"cannot make the scheduler {short_name(scheduler)}: {type(error).__name__}: {error}"
@@ -76,26 +116,44 @@ def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
 
 def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     """A scheduler as a run file holds it: its name, and what differs from the model's."""
+    if isinstance(spec, str):
+        return short_name(named(spec))
     scheduler = new(spec, own)
-    name = short_name(type(scheduler))
+    kind, name = type(scheduler), short_name(type(scheduler))
+    takes = inspect.signature(kind).parameters
     usual = {key: plain(value) for key, value in new(name, own).config.items()}
     changed = {
-        key: NONE if value is None else value
+        key: _written(value)
         for key, value in ((k, plain(v)) for k, v in scheduler.config.items())
-        if not key.startswith("_") and not _equal(value, usual.get(key))
+        if key in takes and not _equal(value, usual.get(key))
     }
     return {"name": name, **changed} if changed else name
 
 
 def plain(value: Any) -> Any:
-    """A value of a configuration as TOML has it: arrays and tensors as lists of their numbers."""
+    """A value of a configuration as TOML has it: arrays and tensors as lists of their numbers.
+
+    A scheduler within a scheduler is a table of all that it takes.
+    """
     if isinstance(value, np.ndarray | np.generic | torch.Tensor):
         return value.tolist()
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, diffusers.SchedulerMixin):
+        takes = inspect.signature(type(value)).parameters
+        config = {k: _written(plain(v)) for k, v in value.config.items() if k in takes}
+        return {"name": short_name(type(value)), **config}
     return value
+
+
+def _written(value: Any) -> Any:
+    return NONE if value is None else value
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or type(value) in (str, bool, int, float)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -107,7 +165,15 @@ def short_name(scheduler: type[Any]) -> str:
     """A scheduler's name here: `EulerAncestralDiscreteScheduler` -> `euler-ancestral`.
 
     One that diffusers does not have is named `module:Class`.
+
+    Raises:
+        InputError: it is a class within a function, which no name finds.
     """
+    if "<locals>" in scheduler.__qualname__:
+        raise InputError(
+            f"the scheduler {scheduler.__qualname__} was defined within a function, so no run file "
+            "can name it; define it at the top of a module"
+        )
     if getattr(diffusers, scheduler.__name__, None) is not scheduler:
         return f"{scheduler.__module__}:{scheduler.__qualname__}"
     name = re.sub("Scheduler|Discrete", "", scheduler.__name__)
@@ -145,8 +211,8 @@ def named(name: str) -> type[Any]:
 def _imported(name: str) -> type[Any]:
     module, _, attribute = name.partition(":")
     try:
-        scheduler = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        scheduler = operator.attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"no scheduler {name}: {error}") from error
     if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise InputError(f"{name} is no scheduler: expected a class of diffusers' SchedulerMixin")

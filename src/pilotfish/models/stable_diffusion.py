@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,17 @@ from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
 from .clip_text import ClipText
 from .copies import offload_hook, own_copy
-from .protocol import Again, Conditioning, Defaults, Embedding, Generators, Role, Site
+from .protocol import (
+    Again,
+    Conditioning,
+    Defaults,
+    Embedding,
+    Generators,
+    LatentDiffusion,
+    Role,
+    Site,
+    TextEncoder,
+)
 from .schedulers import diffusers
 
 TAKES = "pilotfish takes Stable Diffusion 1.x and 2.x"
@@ -47,26 +57,32 @@ class StableDiffusion:
     guidance = frozenset({"cfg"})
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:
+        self._pipeline, self.id = pipeline, id
+        # None where the pipeline was put together in Python.
+        origin = getattr(pipeline, "name_or_path", None)
+        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
+        self._made: dict[Any, Any] = {}  # from these networks, for all runs
+        self._read()
+
+    def _read(self) -> None:
+        """Take the pipeline's parts as they are now."""
+        pipeline = self._pipeline
         if problem := _problem(pipeline):
             raise ModelError(problem)
-        self._pipeline, self.id = pipeline, id
         self.unet, self.vae = pipeline.unet, pipeline.vae
         self.text_encoder, self.tokenizer = pipeline.text_encoder, pipeline.tokenizer
         self.scheduler = pipeline.scheduler
-        origin = pipeline.name_or_path  # None where the pipeline was put together in Python
-        self.folder = Path(origin) if origin and Path(origin).is_dir() else None
         self.device = torch.device(pipeline._execution_device)
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)
         side = self.unet.config.sample_size
         sides = (side, side) if isinstance(side, int) else side
         self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
-        self._made: dict[Any, Any] = {}  # from these networks, for all runs
         self._set_encoder()
 
     def _set_encoder(self) -> None:
         clip = ClipText("text_encoder", self.tokenizer, self.text_encoder, self._spell)
-        self.text_encoders = (clip,)
+        self.text_encoders: Sequence[TextEncoder] = (clip,)
 
     def _spell(self, prompt: str) -> str:
         """Write out words of several vectors that the pipeline has loaded."""
@@ -197,8 +213,8 @@ class StableDiffusion:
 
     def differentiable(self, checkpointing: str, again: Again = nullcontext) -> StableDiffusion:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
-        model = type(self)(self._pipeline, self.id)
-        model._made = self._made
+        model = copy.copy(self)
+        model._read()
         model.unet, model.vae = own_copy(model.unet), own_copy(model.vae)
         model.text_encoder = own_copy(model.text_encoder)
         model._set_encoder()
@@ -266,3 +282,10 @@ def _problem(pipeline: Any) -> str | None:
 
 def _width(encoder: Any) -> int:
     return int(encoder.get_input_embeddings().weight.shape[1])
+
+
+if TYPE_CHECKING:
+
+    def _held(model: StableDiffusion) -> LatentDiffusion:
+        """To the protocol, by mypy."""
+        return model

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
-from ..guidance import clock, moves
+from ..guidance import moves
 from ..guidance.gradients import End, LossFault, Pull, all_finite, averaged, cosines, leaf_gradients
-from ..guidance.graph import Leaves, SharedGraph
+from ..guidance.graph import Leaves, SharedGraph, mark, seconds
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
 from ..hooks.plugin import Guide
@@ -207,7 +207,7 @@ class Guides:
 
     def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
-        leaves, start, built = Leaves(graph), clock.mark(graph.device), len(graph.spans)
+        leaves, start, built = Leaves(graph), mark(graph.device), len(graph.spans)
         try:
             with torch.enable_grad():
                 view = {"step": Step(state, guide.name, leaves)}
@@ -221,7 +221,7 @@ class Guides:
         except PluginError as error:
             self._tolerate(error, state, guide.name)
             return None
-        own, shared = (start, clock.mark(graph.device)), graph.spans[built:]
+        own, shared = (start, mark(graph.device)), graph.spans[built:]
         if region := self.regions.get(guide.name):
             gradients = {leaf: g * region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
         return Pull(
@@ -231,7 +231,7 @@ class Guides:
             loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(graph.device),
             gradients=gradients,
             area=region.area if region else 1.0,
-            seconds=lambda: clock.seconds([own]) - clock.seconds(shared),
+            seconds=lambda: seconds([own]) - seconds(shared),
         )
 
     def _is_finite(self, state: StepState, pulls: list[Pull]) -> bool:

@@ -21,8 +21,7 @@ from .guides import Guides
 from .network import Network
 from .outside import Outside
 from .prompts import Prompts
-from .schedule import Schedule
-from .start import Start
+from .schedule import Schedule, Start
 from .step import Step, StepState
 from .trace import Trace
 
@@ -43,7 +42,7 @@ class Sampling:
 
     def __init__(self, model: LatentDiffusion, run: Run, stack: Stack) -> None:
         self.stack, self.trace = stack, Trace()
-        self.again = lambda other: Sampling(model, run, other)
+        self.again: Callable[[Stack], Sampling] = lambda other: Sampling(model, run, other)
         self.network = Network(model, run.checkpointing, stack)
         self.model = self.network.model
         self.described = run.resolved(self.model, stack.tables())

@@ -68,8 +68,8 @@ class Outside:
             return
         if sampling.stack.calls["resample"]:
             raise InputError("mask_edge='hard' cannot go with a plugin that resamples images")
-        self._other = sampling.again(sampling.stack.without(hard))
-        self._steps = self._other.steps()
+        self._other = other = sampling.again(sampling.stack.without(hard))
+        self._steps = other.steps()
         masks = [sampling.guides.regions[name].of(sampling.shape[1:]) for name in hard]
         self._inside = (torch.stack(masks).amax(dim=0) > 0).to(sampling.model.device)
 

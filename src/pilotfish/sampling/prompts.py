@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -61,22 +62,14 @@ class Prompts:
         return positive, self._of_role("negative", view, where).cat(positive)
 
     def _of_role(self, role: Role, view: View, where: str) -> Conditioning:
-        return self._condition(
-            [self._embedding(e, role, view, where) for e in self._encoders], role
-        )
+        text = self._texts[role]
+        encodes = [partial(self._encode, encoder, role) for encoder in self._encoders]
+        found = [self._transformed(encode(text), view, where, encode) for encode in encodes]
+        return self._condition(found, role)
 
     def _condition(self, embeddings: Sequence[Embedding], role: Role) -> Conditioning:
         conditioning: Conditioning = self._run.model.condition(embeddings, role, self._run)
         return conditioning.expand(self._run.num_images)
-
-    def _embedding(self, encoder: TextEncoder, role: Role, view: View, where: str) -> Embedding:
-        """One prompt's, after both stages."""
-
-        def encode(text: str) -> Embedding:
-            return self._encode(encoder, role, text)
-
-        before = encode(self._texts[role])
-        return self._transformed(before, view, where, encode)
 
     def _encode(self, encoder: TextEncoder, role: Role, text: str) -> Embedding:
         """A text's at stage "prompt", with all plugins' answers at stage "token" in it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,38 +63,46 @@ class Schedule:
         keeps = any(hasattr(scheduler, n) for n in ("sample", "last_sample", "cur_sample"))
         # Only what is taken once may be taken again: those keep latents from the step before.
         self.can_repeat = self.num_steps == steps and not keeps
-        self.levels = self._levels(steps)
         if self.num_steps > 1 and self.timesteps[0] == self.timesteps[1]:
             self.begin_at(0)  # where it looks for its first timestep, it would find the second
+        self._check_range(steps)
+        self.levels = self._levels(steps)
 
     def _levels(self, steps: int) -> tuple[NoiseLevel, ...]:
         """A table of all levels, so that one that is asked for ahead of time is the one that comes.
 
-        A scheduler of two stages knows the second one's when it is there: a copy goes ahead.
+        A scheduler of two stages knows the second one's when it is there, and solvers may divide by
+        the distance of two levels that are one: then a copy goes ahead.
         """
-        if self.can_repeat:
-            self._check_range()
+        if self.can_repeat and len(self.timesteps.unique()) == self.num_steps > 0:
             return tuple(noise_level(self._scheduler, i) for i in range(self.num_steps))
         ahead, levels = copy.deepcopy(self._scheduler), []
         latents = torch.zeros(1, 1, 1, 1, device=self.timesteps.device)
-        generators = [torch.Generator().manual_seed(0)]
+        generators, finite = [torch.Generator().manual_seed(0)], self.num_steps > 0
         try:
             for index, timestep in enumerate(self.timesteps):
-                ahead.scale_model_input(latents, timestep)
+                if hasattr(ahead, "scale_model_input"):
+                    ahead.scale_model_input(latents, timestep)
                 levels.append(noise_level(ahead, index))
-                latents = self._step(ahead, latents, timestep, latents, generators)
+                after = self._step(ahead, latents, timestep, latents, generators)
+                finite = finite and bool(after.isfinite().all())
         except PilotfishError:
             raise
         except Exception as error:  # whatever it makes of a number that it cannot take
             raise InputError(f"{self.name} cannot take {steps} steps: {error}") from error
+        if not finite:
+            raise InputError(
+                f"{self.name} cannot take {steps} steps as it is configured: it divides by zero "
+                "there. Take fewer steps, or another configuration"
+            )
         return tuple(levels)
 
-    def _check_range(self) -> None:
+    def _check_range(self, steps: int) -> None:
         known = len(getattr(self._scheduler, "alphas_cumprod", ()))
         most = float(self.timesteps.max()) if self.num_steps else 0.0
         if known and not hasattr(self._scheduler, "sigmas") and most >= known:
             raise InputError(
-                f"{self.name} with {self.num_steps} steps asks for timestep {most:.0f}, and the "
+                f"{self.name} with {steps} steps asks for timestep {most:.0f}, and the "
                 f"model knows 0 to {known - 1}: take fewer steps, or timestep_spacing = 'trailing'"
             )
 
@@ -126,7 +135,7 @@ class Schedule:
 
     def as_used(self, x0: Tensor) -> Tensor:
         """Predicted clean latents as the scheduler uses them: clipped where it clips."""
-        config = self._scheduler.config
+        config = _own_config(self._scheduler)
         if config.get("thresholding"):
             x0 = self._scheduler._threshold_sample(x0)
         elif config.get("clip_sample"):
@@ -230,6 +239,29 @@ def _is_all(noise: Tensor, mean: Tensor, same: Tensor) -> bool:
     return drawn and float((mean - same).abs().max()) < 1e-3 * size
 
 
+@dataclass(frozen=True)
+class Start:
+    """What `start_latents` needs to begin a run elsewhere than at pure noise.
+
+    Attributes:
+        order: steps of the loop for each of the user's: 2 for Heun, mostly 1.
+        generator: one CPU generator per image, the run's own. The starting noise is drawn from it,
+            and after it what the scheduler draws.
+    """
+
+    order: int
+    generator: list[torch.Generator]
+    _schedule: Schedule = field(repr=False)
+
+    def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean latents (B, C, H, W) with noise, at the level of step `index`, as diffusers has it.
+
+        Args:
+            index: where the run will start.
+        """
+        return self._schedule.noised(x0, noise, index)
+
+
 def noise_level(scheduler: Any, index: int) -> NoiseLevel:
     """The noise level at which `scheduler` expects the latents of step `index`.
 
@@ -282,9 +314,16 @@ def _stage_sigma(scheduler: Any, index: int) -> float:
 
 def _is_flow(scheduler: Any) -> bool:
     """Whether the latents are a straight line from x0 to noise."""
-    if scheduler.config.get("use_flow_sigmas", False):
+    config = _own_config(scheduler)
+    if config.get("use_flow_sigmas", False):
         return True
-    return not hasattr(scheduler, "alphas_cumprod") and "shift" in scheduler.config
+    return not hasattr(scheduler, "alphas_cumprod") and "shift" in config
+
+
+def _own_config(scheduler: Any) -> dict[str, Any]:
+    """What the scheduler itself goes by: diffusers also keeps what its model's own one takes."""
+    takes = inspect.signature(type(scheduler)).parameters
+    return {key: value for key, value in scheduler.config.items() if key in takes}
 
 
 def _edm(sigma: float, sigma_data: float, prediction_type: str) -> tuple[float, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,15 @@ from torch import Tensor
 from ..errors import ModelError
 from ..guidance.noise import NoiseLevel, draw
 from ..models import schedulers
-from ..models.protocol import Conditioning, Defaults, Embedding, Role, Site, TextEncoder
+from ..models.protocol import (
+    Conditioning,
+    Defaults,
+    Embedding,
+    LatentDiffusion,
+    Role,
+    Site,
+    TextEncoder,
+)
 from ..sampling.schedule import noise_level
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -32,8 +41,10 @@ class GaussianModel:
         calls, decodes: how often the network and the decoder were called.
     """
 
-    id, folder, device, dtype = None, None, torch.device("cpu"), torch.float64
-    text_encoders: tuple[TextEncoder, ...] = ()
+    id: str | None = None
+    folder: Path | None = None
+    device, dtype, factor = torch.device("cpu"), torch.float64, 1
+    text_encoders: Sequence[TextEncoder] = ()
     sites: tuple[Site, ...] = ()
     guidance = frozenset({"cfg"})
     defaults = Defaults(steps=50, guidance_scale=7.5, height=4, width=4, scheduler="ddim")
@@ -137,3 +148,10 @@ class GaussianModel:
     def refuse_gradients(self) -> str | None:
         """Gradients can always be taken."""
         return None
+
+
+if TYPE_CHECKING:
+
+    def _held(model: GaussianModel) -> LatentDiffusion:
+        """To the protocol, by mypy."""
+        return model

@@ -22,9 +22,9 @@ Weight = Annotated[float, Setting(ge=0)]
 Schedule = Literal["constant", "travel"] | dict[float, list[float]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mixture:
-    """The prompts that one run mixes.
+    """The prompts that one run mixes: those of the settings, or of the mark once it is read.
 
     Attributes:
         own: weight of the run's own prompt.
@@ -34,7 +34,7 @@ class Mixture:
 
     weights: Mapping[str, float]
     own: float
-    marked: bool
+    marked: bool = False
     encoded: dict[str, list[Embedding]] = field(default_factory=dict)
 
 
@@ -75,12 +75,11 @@ class Blend(Plugin):
                 raise ValueError(problem)
             return schedule
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        # By id, because a run cannot be hashed; `teardown` forgets it before the id is free.
-        self._mixtures: dict[int, Mixture] = {}
+    def setup(self) -> Mixture:
+        prompts = self.settings.prompts
+        return Mixture(prompts, rest(prompts.values()))
 
-    def prompt_transform(self, prompt: str, run: Run) -> str | None:
+    def prompt_transform(self, prompt: str, run: Run, state: Mixture) -> str | None:
         pieces = cut(prompt, run)
         marks = [p for p in pieces if isinstance(p, Mark) and p.plugin == "blend"]
         prompts = self.settings.prompts
@@ -90,33 +89,31 @@ class Blend(Plugin):
                 f"got {len(prompts)} prompts, and {len(marks)} such marks in {prompt!r}"
             )
         if prompts:
-            self._mixtures[id(run)] = Mixture(prompts, rest(prompts.values()), marked=False)
             return None
         weights = alternatives(pieces, marks[0])
         if problem := misfit(self.settings.schedule, len(weights)):
             raise InputError(f"blend: schedule must be {problem}; got {self.settings.schedule!r}")
-        self._mixtures[id(run)] = Mixture(weights, 0.0, marked=True)
+        state.weights, state.own, state.marked = weights, 0.0, True
         return next(iter(weights))
 
     def embedding_transform(
         self,
         embedding: Embedding,
-        run: Run,
         step: Step | None,
         encode: Callable[[str], Embedding],
+        state: Mixture,
     ) -> Embedding | None:
         if embedding.stage != "prompt" or embedding.role != "positive":
             return None
-        mixture = self._mixtures[id(run)]
-        if embedding.encoder not in mixture.encoded:
-            mixture.encoded[embedding.encoder] = [encode(prompt) for prompt in mixture.weights]
-        others = mixture.encoded[embedding.encoder]
-        if mixture.marked and others[0].tokens != embedding.tokens:
+        if embedding.encoder not in state.encoded:
+            state.encoded[embedding.encoder] = [encode(prompt) for prompt in state.weights]
+        others = state.encoded[embedding.encoder]
+        if state.marked and others[0].tokens != embedding.tokens:
             raise InputError(
                 "blend: a plugin listed after it changed the prompt, which is only the first of "
                 "those in [[text | text]]. List blend last"
             )
-        weights = [mixture.own, *self._weights_at(moment(step), mixture)]
+        weights = [state.own, *self._weights_at(moment(step), state)]
         return mix([embedding, *others], weights, self.settings.mode)
 
     def _weights_at(self, when: float, mixture: Mixture) -> list[float]:
@@ -129,9 +126,6 @@ class Blend(Plugin):
                 f"{list(mixture.weights.values())}, factors of the schedule {list(factors)}"
             )
         return weights
-
-    def teardown(self, run: Run) -> None:
-        self._mixtures.pop(id(run), None)
 
 
 def alternatives(pieces: Sequence[str | Mark], mark: Mark) -> dict[str, float]:

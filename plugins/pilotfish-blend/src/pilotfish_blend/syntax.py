@@ -12,11 +12,6 @@ if TYPE_CHECKING:
     from pilotfish import Run
 
 SIGNS = {"token-swap": "->", "token-blend": "+", "blend": "|"}
-CLASSES = {  # as a run names them that was given a class or `module:Class`
-    "token-swap": "pilotfish_blend.words:TokenSwap",
-    "token-blend": "pilotfish_blend.words:TokenBlend",
-    "blend": "pilotfish_blend.prompts:Blend",
-}
 FORMS = (
     "[[word -> word]] (token-swap), [[word + word]] (token-blend) or [[text | text]] (blend); "
     "the last two may have weights: [[puppy:0.7 + skunk:0.3]]"
@@ -47,8 +42,13 @@ def cut(prompt: str, run: Run) -> list[str | Mark]:
             f"the prompt has [[ or ]] without its partner in {stray[0]!r}. "
             f"Expected {FORMS}; none inside another"
         )
-    used = {str(table["use"]) for table in run.plugins}
+    used = {installed_name(table["use"]) for table in run.plugins}
     return [read_mark(text, used) if i % 2 else text for i, text in enumerate(pieces)]
+
+
+def installed_name(use: str) -> str:
+    """`token-swap` also where the run was given `module:TokenSwap`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", use.rpartition(":")[2]).lower()
 
 
 def read_mark(inside: str, used: set[str]) -> Mark:
@@ -70,7 +70,7 @@ def read_mark(inside: str, used: set[str]) -> Mark:
     weighted = any(weight is not None for _, weight in parts)
     if plugin == "token-swap" and (weighted or len(parts) != 2):
         raise unreadable(inside)
-    if not used & {plugin, CLASSES[plugin]}:
+    if plugin not in used:
         raise InputError(
             f"[[{inside}]] in the prompt is for the plugin {plugin!r}, which this run does not "
             "use. Add it to the run's plugins"

@@ -30,10 +30,9 @@ class Words(Plugin):
 
     kind: ClassVar[str]
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        # By id, because a run cannot be hashed; `teardown` forgets it before the id is free.
-        self._added: dict[int, dict[str, Mix]] = {}
+    def setup(self) -> dict[str, Mix]:
+        """What the new words of a run are mixed of; `prompt_transform` finds them."""
+        return {}
 
     def _asked(self) -> Mix:
         """The mix that the settings ask for in place of `word`."""
@@ -43,7 +42,7 @@ class Words(Plugin):
         """The mix that a mark asks for."""
         return mark.weights
 
-    def prompt_transform(self, prompt: str, run: Run) -> str:
+    def prompt_transform(self, prompt: str, run: Run, state: dict[str, Mix]) -> str:
         added: dict[str, Mix] = {}
 
         def name(piece: str | Mark) -> str:
@@ -65,7 +64,7 @@ class Words(Plugin):
                 f"{self.kind} has nothing to do: the setting word is not given and there is no "
                 f"mark in {prompt!r}. Marks: {FORMS}"
             )
-        self._added[id(run)] = added
+        state.update(added)
         return text
 
     def _replaced(self, text: str, word: str, by: str) -> str:
@@ -79,10 +78,10 @@ class Words(Plugin):
             raise InputError(f"{self.kind}: the prompt has no word {word!r}; it is {text!r}")
         return replaced
 
-    def vocabulary(self, run: Run) -> dict[str, dict[str, Tensor]]:
+    def vocabulary(self, run: Run, state: dict[str, Mix]) -> dict[str, dict[str, Tensor]]:
         return {
             word: {e.name: self._vectors(mix, e) for e in run.model.text_encoders}
-            for word, mix in self._added[id(run)].items()
+            for word, mix in state.items()
         }
 
     def _vectors(self, mix: Mix, encoder: Any) -> Tensor:
@@ -99,16 +98,14 @@ class Words(Plugin):
 
     def _ids(self, word: str, encoder: Any) -> list[int]:
         tokenizer = encoder.tokenizer
-        ids: list[int] = tokenizer(encoder.prepare(word), add_special_tokens=False).input_ids
-        if word.startswith("<") and tokenizer.convert_ids_to_tokens(ids[0]) != word:
+        around = set(tokenizer.all_special_ids)  # start, end and padding
+        ids = [i for i in encoder.tokenize(word).ids[0].tolist() if i not in around]
+        if word.startswith("<") and tokenizer.convert_ids_to_tokens(ids[:1]) != [word]:
             raise InputError(
                 f"{self.kind}: {encoder.name} has no word {word}; a word that another plugin of "
                 "this run adds cannot be used here"
             )
         return ids
-
-    def teardown(self, run: Run) -> None:
-        self._added.pop(id(run), None)
 
 
 def word_problem(word: str) -> str | None:

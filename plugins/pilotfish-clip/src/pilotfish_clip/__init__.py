@@ -72,11 +72,7 @@ class Clip(Guide):
                 raise ValueError("a picture file if text is not given, and only then")
             return image
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._targets: dict[int, Target] = {}  # by run: one guide may serve several at a time
-
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Target:
         settings, device = self.settings, run.model.device
         name, checkpoint = choose(settings.model, settings.pretrained, run)
         picture = settings.image and pixels(read_picture(settings.image, "Clip: image")).to(device)
@@ -89,18 +85,14 @@ class Clip(Guide):
         weights = [1.0] if settings.text is None else list(settings.text.values())
         total = sum(map(abs, weights))
         shares = features.new_tensor([weight / total for weight in weights])
-        self._targets[id(run)] = Target(networks, features.detach(), shares)
+        return Target(networks, features.detach(), shares)
 
-    def teardown(self, run: Run) -> None:
-        self._targets.pop(id(run), None)
-
-    def loss_guidance(self, step: Step) -> Tensor:
-        target, count = self._targets[id(step.run)], self.settings.cutouts
-        networks = target.networks
-        views = networks.views(step.image, count, step.generator)
+    def loss_guidance(self, step: Step, state: Target) -> Tensor:
+        networks = state.networks
+        views = networks.views(step.image, self.settings.cutouts, step.generator)
         features = networks.see(views.flatten(0, 1)).view(*views.shape[:2], -1)
-        distance = spherical_distance(features.unsqueeze(2), target.features)  # (B, views, T)
-        loss: Tensor = (distance * target.weights).sum(-1).mean(-1)
+        distance = spherical_distance(features.unsqueeze(2), state.features)  # (B, views, T)
+        loss: Tensor = (distance * state.weights).sum(-1).mean(-1)
         return loss
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationInfo, field_validator
 
-from pilotfish import InputError, Plugin, Setting
+from pilotfish import Plugin, Setting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pilotfish import Run, Step
+    from pilotfish import Step
 
 
 class CfgRescale(Plugin):
@@ -31,14 +31,15 @@ class CfgRescale(Plugin):
             description="how much of the way to the prompt's own contrast: 0 is off, 1 looks plain",
         )
 
-    def combine_predictions(self, cond: Tensor, uncond: Tensor | None, step: Step) -> Tensor | None:
+    def combine_predictions(
+        self, prediction: Tensor, cond: Tensor, uncond: Tensor | None
+    ) -> Tensor | None:
         if uncond is None:
             return None
-        guided = uncond + step.run.guidance_scale * (cond - uncond)
-        contrast, axes = cond.std(dim=(1, 2, 3), keepdim=True), (1, 2, 3)
-        rescaled = guided * (contrast / guided.std(dim=axes, keepdim=True))
+        contrast, own = (t.std(dim=(1, 2, 3), keepdim=True) for t in (cond, prediction))
+        rescaled = prediction * (contrast / own)
         factor: float = self.settings.rescale
-        return factor * rescaled + (1 - factor) * guided
+        return factor * rescaled + (1 - factor) * prediction
 
 
 class CfgInterval(Plugin):
@@ -48,7 +49,8 @@ class CfgInterval(Plugin):
     Distribution Quality in Diffusion Models", arXiv 2404.07724: guidance does harm at high noise,
     where it takes variety away, and next to nothing at low noise. A noise level is sigma / alpha,
     so that a window means the same with every scheduler. The defaults are the paper's for Stable
-    Diffusion XL. We differ: the negative prompt's prediction is computed outside the window too.
+    Diffusion XL. Outside the window it also drops what plugins before it made of the prediction.
+    We differ: the negative prompt's prediction is computed outside the window too.
     """
 
     class Settings(Plugin.Settings):
@@ -63,15 +65,6 @@ class CfgInterval(Plugin):
             if high <= info.data.get("low", -math.inf):
                 raise ValueError(f"above low, {info.data['low']}")
             return high
-
-    def setup(self, run: Run) -> None:
-        uses = [table["use"] for table in run.plugins]
-        before = uses[: max((i for i, use in enumerate(uses) if use == "cfg-interval"), default=0)]
-        if "cfg-rescale" in before:
-            raise InputError(
-                "CfgInterval: list cfg-interval before cfg-rescale; the first of the two that "
-                "answers decides, and cfg-rescale always does"
-            )
 
     def combine_predictions(self, cond: Tensor, uncond: Tensor | None, step: Step) -> Tensor | None:
         low, high = self.settings.low * step.alpha, self.settings.high * step.alpha

@@ -45,8 +45,10 @@ class Img2Img(Plugin):
             return start_step
 
     def start_latents(self, run: Run, start: Start) -> tuple[Tensor, int]:
-        index = self._first_step(run.steps) * start.order
-        size = cast("tuple[int, int]", (run.height, run.width))  # known once a run is set up
+        known = (run.steps, run.height, run.width)  # once a run is set up
+        steps, height, width = cast("tuple[int, int, int]", known)
+        index = self._first_step(steps) * start.order
+        size = (height, width)
         picture = pixels(read_picture(self.settings.image, "Img2Img: image", size=size))
         x0 = run.model.encode(picture, start.generator).to(run.model.dtype)  # (B, C, H, W)
         noise = draw(x0.shape, start.generator, x0.dtype).to(x0.device)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from pilotfish import Area, Plugin, Setting, area_weights, draw, pixels, read_picture
+from pilotfish import (
+    Area,
+    Plugin,
+    Setting,
+    area_weights,
+    draw,
+    keep_outside,
+    pixels,
+    read_picture,
+)
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
@@ -38,11 +46,7 @@ class Inpaint(Plugin):
             examples=[[0.25, 0.25, 0.75, 0.75]],
         )
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._scenes: dict[int, Scene] = {}  # by run: one plugin may serve several at a time
-
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Scene:
         height, width = cast("tuple[int, int]", (run.height, run.width))  # known in a run
         picture = read_picture(self.settings.image, "Inpaint: image")
         fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
@@ -54,28 +58,24 @@ class Inpaint(Plugin):
             what="Inpaint: mask",
             shape=(picture.height, picture.width),
         )
-        self._scenes[id(run)] = Scene(image.to(known.device), known, drawn.to(known))
+        return Scene(image.to(known.device), known, drawn.to(known))
 
-    def teardown(self, run: Run) -> None:
-        self._scenes.pop(id(run), None)
-
-    def before_step(self, step: Step) -> Tensor | None:
-        scene, latents = self._scenes[id(step.run)], step.latents
-        if scene.begun:
+    def before_step(self, step: Step, state: Scene) -> Tensor | None:
+        if state.begun:
             return None
-        scene.begun = True
-        noise = draw(latents.shape, step.generator, scene.known.dtype).to(latents.device)
-        noisy = (step.alpha * scene.known + step.sigma * noise).to(latents.dtype)
+        state.begun, latents = True, step.latents
+        noise = draw(latents.shape, step.generator, state.known.dtype).to(latents.device)
+        noisy = (step.alpha * state.known + step.sigma * noise).to(latents.dtype)
         # One or the other: a mixture of two noises would be less than one.
-        return torch.where(scene.drawn > 0.5, latents, noisy)
+        return torch.where(state.drawn > 0.5, latents, noisy)
 
-    def on_predicted_x0(self, x0: Tensor, step: Step) -> Tensor:
-        return self._scenes[id(step.run)].around(x0)
+    def on_predicted_x0(self, x0: Tensor, state: Scene) -> Tensor:
+        return state.around(x0)
 
-    def after_step(self, step: Step) -> None:
+    def after_step(self, step: Step, state: Scene) -> None:
         if step.last:
-            scene = self._scenes[id(step.run)]
-            step.stop(scene.corrected(scene.result(step.x0), step.run.model))
+            drawn = state.result(step.x0)
+            step.stop(keep_outside(step.run.model, drawn, state.image, state.drawn))
 
 
 @dataclass
@@ -106,21 +106,3 @@ class Scene:
         """What became of the latest ones since, by guides and others, inside the mask only."""
         latest = x0 if self.latest is None else self.latest.to(x0)
         return torch.lerp(latest, x0, self.drawn.to(x0))
-
-    def corrected(self, latents: Tensor, model: Any) -> Tensor:
-        """Latents whose picture is nearer to the known one around what is drawn.
-
-        The decoder sees more than a cell, so what is drawn changes the picture around it too. What
-        the encoder makes of that change is taken back, once: most of it, measured on the emoji
-        model. An image that gains nothing stays.
-        """
-        kept = 1 - interpolate(self.drawn, self.image.shape[2:])  # (1, 1, 8H, 8W)
-
-        def distance(image: Tensor) -> Tensor:
-            return (kept * (image - self.image)).square().mean(dim=(1, 2, 3), keepdim=True)
-
-        image = model.decode(latents).float().clamp(0, 1)
-        changed = model.encode(image) - model.encode(torch.lerp(image, self.image, kept))
-        nearer = latents - (1 - self.drawn).to(latents) * changed.to(latents)
-        gains = distance(model.decode(nearer).float().clamp(0, 1)) < distance(image)
-        return torch.where(gains, nearer, latents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import torch
 from torch import Tensor
@@ -61,37 +61,33 @@ class Optimize(Plugin):
             "level's; 0 takes all steps",
         )
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._descents: dict[int, Descent] = {}  # by run: one plugin may serve several at a time
+    def setup(self, run: Run) -> Descent:
+        model, size = run.model, cast("tuple[int, int]", (run.height, run.width))
+        dtype = torch.promote_types(model.dtype, torch.float32)  # as predictions are
+        parameter = torch.zeros(
+            run.num_images, *model.latent_shape(*size), dtype=dtype, device=model.device
+        )
+        none_done = torch.zeros_like(parameter[:, :1, :1, :1], dtype=torch.bool)
+        return Descent(self._optimizer(parameter), parameter, none_done, parameter.clone())
 
-    def teardown(self, run: Run) -> None:
-        self._descents.pop(id(run), None)
-
-    def advance(self, step: Step) -> Tensor:
-        if id(step.run) not in self._descents:
-            self._descents[id(step.run)] = self._begun(step.eps)
-        descent = self._descents[id(step.run)]
+    def advance(self, step: Step, state: Descent) -> Tensor:
         small = rms(step.eps) < self.settings.tolerance  # (B, 1, 1, 1)
-        descent.finish(small & (step.sigma <= SETTLED * step.alpha) | step.last, step.x0)
-        if descent.done.all():
-            step.stop(descent.result)
+        state.finish(small & (step.sigma <= SETTLED * step.alpha) | step.last, step.x0)
+        if state.done.all():
+            step.stop(state.result)
         # What the noise must fall by, in the coordinates of this step's latents.
         fall = step.sigma - step.alpha * step.next_sigma / step.next_alpha
-        latents = descent.stepped(step.latents, step.eps, self._rate(step.progress) * fall)
+        latents = state.stepped(step.latents, step.eps, self._rate(step.progress) * fall)
         return projected(latents, step).to(step.latents.dtype)
 
-    def _begun(self, like: Tensor) -> Descent:
-        settings, parameter = self.settings, torch.zeros_like(like)
+    def _optimizer(self, parameter: Tensor) -> torch.optim.Optimizer:
+        settings = self.settings
         decay = {"lr": 0.0, "weight_decay": settings.weight_decay}
         if settings.optimizer == "sgd":
             momentum = {"momentum": settings.momentum, "dampening": settings.momentum}
-            optimizer: torch.optim.Optimizer = torch.optim.SGD([parameter], **decay, **momentum)
-        else:
-            kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-            optimizer = kind([parameter], betas=settings.betas, **decay)
-        none_done = torch.zeros_like(like[:, :1, :1, :1], dtype=torch.bool)
-        return Descent(optimizer, parameter, none_done, torch.zeros_like(like))
+            return torch.optim.SGD([parameter], **decay, **momentum)
+        kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+        return kind([parameter], betas=settings.betas, **decay)
 
     def _rate(self, progress: float) -> float:
         """The learning rate at a moment of the run, 0 to 1."""

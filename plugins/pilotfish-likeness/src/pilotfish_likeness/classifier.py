@@ -69,30 +69,22 @@ class Classifier(Guide):
             name = getattr(model, "__qualname__", type(model).__qualname__)
             return f"{PYTHON}{model.__module__}:{name}"
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._aims: dict[int, Aim] = {}  # by run: one guide may serve several at a time
-
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Aim:
         settings = self.settings
         if callable(settings.model):
             index = class_of(settings.label, settings.labels or [])
-            self._aims[id(run)] = Aim(settings.model, None, index)
-            return
+            return Aim(settings.model, None, index)
         network = load(settings.model or own_classifier(run), run.model.device, run.model.dtype)
         index = class_of(settings.label, network.labels)
-        self._aims[id(run)] = Aim(network, network.size, index)
+        return Aim(network, network.size, index)
 
-    def teardown(self, run: Run) -> None:
-        self._aims.pop(id(run), None)
-
-    def loss_guidance(self, step: Step) -> Tensor:
-        aim, images = self._aims[id(step.run)], step.image
-        size = aim.size or (images.shape[2], images.shape[3])
+    def loss_guidance(self, step: Step, state: Aim) -> Tensor:
+        images = step.image
+        size = state.size or (images.shape[2], images.shape[3])
         views = cutouts(images, size, self.settings.cutouts, step.generator, smallest=SMALLEST)
-        logits = aim.logits(views.flatten(0, 1))
-        check(logits, views.shape[0] * views.shape[1], aim.index)
-        loss: Tensor = -log_softmax(at_least_float32(logits), dim=-1)[:, aim.index]
+        logits = state.logits(views.flatten(0, 1))
+        check(logits, views.shape[0] * views.shape[1], state.index)
+        loss: Tensor = -log_softmax(at_least_float32(logits), dim=-1)[:, state.index]
         return loss.view(views.shape[:2]).mean(dim=1)  # (B,)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,11 +44,7 @@ class Reference(Guide):
             "a picture file, white where it counts",
         )
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._targets: dict[int, Target] = {}  # by run: one guide may serve several at a time
-
-    def setup(self, run: Run) -> None:
+    def setup(self, run: Run) -> Target:
         settings, model = self.settings, run.model
         size = cast("tuple[int, int]", (run.height, run.width))  # known once a run is set up
         picture = read_picture(settings.image, "Reference: image", size=size)
@@ -58,14 +54,11 @@ class Reference(Guide):
         cells = content.shape[2], content.shape[3]
         region = (0, 0, 1, 1) if settings.region is None else settings.region
         weights = area_weights(region, cells, what="Reference: region")
-        self._targets[id(run)] = Target(content, weights.to(content), settings.cutoff)
+        return Target(content, weights.to(content), settings.cutoff)
 
-    def teardown(self, run: Run) -> None:
-        self._targets.pop(id(run), None)
-
-    def loss_guidance(self, step: Step) -> Tensor:
+    def loss_guidance(self, step: Step, state: Target) -> Tensor:
         seen = step.x0 if self.settings.space == "latent" else step.image
-        return self._targets[id(step.run)].distance(seen)
+        return state.distance(seen)
 
 
 @dataclass(frozen=True)

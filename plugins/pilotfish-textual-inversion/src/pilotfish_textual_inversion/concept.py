@@ -45,8 +45,9 @@ class Concept(Plugin):
 
     def prompt_transform(self, prompt: str, run: Run) -> None:
         """Only look: here the prompt is what the plugins before this one have made of it."""
+        said = f"{prompt} {run.negative_prompt}".lower()  # as most tokenizers read it
         for word in self._words:
-            if word not in prompt and word not in run.negative_prompt:
+            if word.lower() not in said:
                 warnings.warn(
                     f"{self.settings.file} teaches the word {word!r}, which the prompt does not "
                     f"contain: {prompt!r}. Write it there, or the file changes nothing.",
@@ -69,8 +70,7 @@ class Concept(Plugin):
 
     def _check_fit(self, word: str, shape: tuple[int, ...], encoder: Any) -> None:
         count, width = shape
-        takes = encoder.network.get_input_embeddings().weight.shape[1]
-        room = encoder.tokenizer.model_max_length - 2  # beside the start and the end
+        takes, room = encoder.width, encoder.length - 2  # beside the start and the end
         if width != takes:
             raise InputError(
                 f"plugin 'concept': {self.settings.file} holds vectors of width {width}, but this "

@@ -67,8 +67,7 @@ def read_lesson(model: Any, paths: Sequence[Path], plan: Plan) -> Lesson:
     """
     if not paths:
         raise InputError("pictures must be one or more files; got none")
-    _, height, width = model.latent_shape(None, None)
-    size = (height * model.factor, width * model.factor)
+    size = (model.defaults.height, model.defaults.width)
     captions = tuple(captions_of(path, plan) for path in paths)
     pictures = tuple(read_picture(path, "a picture to learn from", size=size) for path in paths)
     latents = [model.encode(pixels(picture)).float().cpu() for picture in pictures]

@@ -9,7 +9,6 @@ timesteps of a batch, which are spread evenly.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import math
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pilotfish import Embedding, InputError, ModelError, NonFiniteError
+from pilotfish import Embedding, InputError, ModelError, NonFiniteError, Run
 
 from .files import replace, write
 from .lesson import Batch, read_lesson
@@ -72,9 +71,11 @@ class Training:
     """A training under way.
 
     Args:
-        model: the networks, `sampler.model`.
+        model: the networks, `sampler.model`; trained against frozen copies over its weights.
 
     Attributes:
+        model: these copies.
+        run: what they are told of a batch.
         vectors: (n, D), float32, on the model's device.
         index: steps taken.
         lesson: the pictures with their captions.
@@ -85,16 +86,16 @@ class Training:
             raise ModelError(f"no gradient can be taken: {reason}")
         if len(model.text_encoders) != 1:
             raise ModelError("a word can be learned for models with one text encoder only")
-        self.model, self.plan, self.index = model, plan, 0
-        self.prompts = Prompts(model.text_encoders[0], plan.token, plan.vectors)
-        self.lesson = read_lesson(model, pictures, plan)
+        self.model, self.plan, self.index = model.differentiable("auto"), plan, 0
+        self.run = Run(seed=0, num_images=plan.batch).resolved(self.model, ()).of_model(self.model)
+        self.prompts = Prompts(self.model.text_encoders[0], plan)
+        self.lesson = read_lesson(self.model, pictures, plan)
         for caption in {c for captions in self.lesson.captions for c in captions}:
-            self.prompts.ids([plan.spell(caption)])  # refuse what is too long now, not later
+            self.prompts.tokens(plan.spell(caption))  # refuse what is too long now, not later
         # Any of the model's schedulers knows its noise; this one can also add it.
         self.scheduler = model.new_scheduler("ddpm")
-        self.vectors = self.prompts.first(plan.init).to(model.device).requires_grad_()
+        self.vectors = self.prompts.first.clone().requires_grad_()
         self.optimizer = torch.optim.Adam([self.vectors])
-        self._networks = model.differentiable("auto")
         self._smooth = 0.0
         self._described = {
             **dataclasses.asdict(plan),
@@ -114,7 +115,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         batch = self.lesson.draw(self.plan, self.index, len(self.scheduler.alphas_cumprod))
-        with self._networks, torch.enable_grad():
+        with torch.enable_grad():
             error = self.error(batch)
             # The sum, not the mean: all the same to Adam, and no underflow in half precision.
             (self.vectors.grad,) = torch.autograd.grad(error.sum(), self.vectors)
@@ -138,9 +139,8 @@ class Training:
         device = self.model.device
         x0, noise, timesteps = (t.to(device) for t in (batch.x0, batch.noise, batch.timesteps))
         latents = self.scheduler.add_noise(x0, noise, timesteps)
-        values = self.prompts([self.plan.spell(c) for c in batch.captions], self.vectors)
-        embedding = Embedding("prompt", "positive", values, None, (), self.prompts.encoder.name)
-        conditioning = self.model.condition([embedding])
+        embedding = self.prompts([self.plan.spell(c) for c in batch.captions], self.vectors)
+        conditioning = self.model.condition([embedding], "positive", self.run)
         output = self.model.predict(latents.to(self.model.dtype), timesteps, conditioning)
         result: Tensor = (output.float() - self._target(x0, noise, timesteps)).square()
         return result
@@ -201,82 +201,71 @@ class Training:
 class Prompts:
     """Texts -> the encoder's output, with the word's vectors where it stands.
 
-    As in a run with the plugin `concept`, but differentiable in the vectors. The shared tokenizer
-    and encoder stay as they are.
+    As in a run with the plugin `concept`, but differentiable in the vectors.
+
+    Args:
+        encoder: a text encoder of a model of one's own.
 
     Attributes:
-        encoder: the model's text encoder with its tokenizer.
-        size: root mean square of its token embeddings.
+        first: the vectors to start from (n, D), float32.
+        size: root mean square of the encoder's token embeddings.
     """
 
-    def __init__(self, encoder: Any, token: str, count: int) -> None:
-        self.encoder, self._token = encoder, token
-        self._tokenizer = copy.deepcopy(encoder.tokenizer)
-        # As diffusers names the tokens of one word.
-        self._pieces = [token, *(f"{token}_{i}" for i in range(1, count))]
-        if known := set(self._pieces) & self._tokenizer.get_vocab().keys():
-            raise InputError(
-                f"token {min(known)!r} is a word of this model already; choose another"
-            )
-        self._tokenizer.add_tokens(self._pieces)
-        self._added = self._tokenizer.convert_tokens_to_ids(self._pieces)
-        self._table: Tensor = encoder.network.get_input_embeddings().weight.detach()
-        self.size = self._table.float().square().mean().sqrt().item()
+    def __init__(self, encoder: Any, plan: Plan) -> None:
+        table = encoder.network.get_input_embeddings().weight.detach()
+        self.size = table.float().square().mean().sqrt().item()
+        self.first = first_vectors(encoder, table, plan)
+        self._encoder, self._token = encoder.with_words({plan.token: self.first}), plan.token
+        self._tokens: dict[str, Any] = {}
 
-    def first(self, init: str) -> Tensor:
-        """The vectors to start from (n, D): those of the tokens of `init`.
-
-        Where there are fewer tokens than vectors, they come again in turn; where there are more,
-        means of neighbours, for a text that the tokenizer takes to pieces.
-
-        Raises:
-            InputError: it is no token at all.
-        """
-        ids = self.encoder.tokenizer(init, add_special_tokens=False).input_ids
-        if not ids:
-            raise InputError(f"init must be a word that the model knows; got {init!r}")
-        count = len(self._pieces)
-        rows = self._table[[*ids, *(ids[i % len(ids)] for i in range(len(ids), count))]].float()
-        return torch.stack([part.mean(0) for part in rows.tensor_split(count)])  # (n, D)
-
-    def ids(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (B, T).
+    def tokens(self, text: str) -> Any:
+        """A text's tokens.
 
         Raises:
             InputError: the word does not fit into what the encoder takes.
         """
-        spelled = [text.replace(self._token, " ".join(self._pieces)) for text in texts]
-        ids: Tensor = self._tokenizer(
-            [self.encoder.prepare(text) for text in spelled],
-            padding="max_length",
-            max_length=self._tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        for text, row in zip(texts, ids.tolist(), strict=True):
-            if not set(self._added) <= set(row):
+        if text not in self._tokens:
+            tokens, count = self._encoder.tokenize(text), len(self.first)
+            if len(tokens.added) < count:
                 raise InputError(
-                    f"{text!r} is too long: {self._token!r} with its {len(self._pieces)} vectors "
-                    f"does not fit into the {len(row) - 2} tokens that the text encoder takes"
+                    f"{text!r} is too long: {self._token!r} with its {count} vectors does not fit "
+                    f"into the {self._encoder.length - 2} tokens that the text encoder takes"
                 )
-        return ids
+            self._tokens[text] = tokens
+        return self._tokens[text]
 
-    def __call__(self, texts: Sequence[str], vectors: Tensor) -> Tensor:
-        """The encoder's output (B, T, D)."""
-        ids = self.ids(texts).to(self._table.device)
-        places = [ids == piece for piece in self._added]
-        # The end token's id must stay the highest: there the encoder finds its pooled position.
-        known = torch.where(ids >= min(self._added), 0, ids)
+    def __call__(self, texts: Sequence[str], vectors: Tensor) -> Embedding:
+        """The encoder's output for all texts (B, T, D)."""
+        encoded = {text: self._encode(text, vectors) for text in set(texts)}
+        values = torch.cat([encoded[text].values for text in texts])
+        return dataclasses.replace(encoded[texts[0]], values=values, pooled=None, tokens=())
 
-        def put(_module: Any, _inputs: Any, values: Tensor) -> Tensor:
-            for place, vector in zip(places, vectors, strict=True):
-                values = torch.where(place[..., None], vector.to(values), values)
-            return values
+    def _encode(self, text: str, vectors: Tensor) -> Embedding:
+        tokens = self.tokens(text)
 
-        network = self.encoder.network
-        handle = network.get_input_embeddings().register_forward_hook(put)
-        try:
-            output: Tensor = network(known, attention_mask=None)[0]
-        finally:
-            handle.remove()
-        return output
+        def put(embedding: Embedding) -> Embedding:
+            values = embedding.values.clone()
+            for number, place in enumerate(sorted(tokens.added)):  # the word may stand there twice
+                values[:, place] = vectors[number % len(vectors)].to(values)
+            return dataclasses.replace(embedding, values=values)
+
+        result: Embedding = self._encoder.encode(tokens, "positive", put)
+        return result
+
+
+def first_vectors(encoder: Any, table: Tensor, plan: Plan) -> Tensor:
+    """The vectors to start from (n, D): rows of the encoder's table for the tokens of `plan.init`.
+
+    Where there are fewer tokens than vectors, they come again in turn; where there are more,
+    means of neighbours, for a text that the tokenizer takes to pieces.
+
+    Raises:
+        InputError: it is no token at all.
+    """
+    around = set(encoder.tokenizer.all_special_ids)  # start, end and padding
+    ids = [i for i in encoder.tokenize(plan.init).ids[0].tolist() if i not in around]
+    if not ids:
+        raise InputError(f"init must be a word that the model knows; got {plan.init!r}")
+    more = (ids[i % len(ids)] for i in range(len(ids), plan.vectors))
+    rows = table[[*ids, *more]].float()
+    return torch.stack([part.mean(0) for part in rows.tensor_split(plan.vectors)])  # (n, D)

@@ -86,7 +86,7 @@ def roundtrip(sampler: Sampler, picture: Image.Image) -> RoundTrip:
         InputError: the picture is smaller than that factor.
     """
     model = sampler.model
-    before = _cut(picture.convert("RGB"), getattr(model, "factor", 1))
+    before = _cut(picture.convert("RGB"), model.factor)
     image = pixels(before)  # (1, 3, 8H, 8W)
     latents = model.encode(image)
     decoded = model.decode(latents).clamp(0, 1).cpu()
