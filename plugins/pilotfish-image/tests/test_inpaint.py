@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from pilotfish_image import Img2Img, Inpaint, Optimize
+from pilotfish_image import Img2Img, Inpaint, Optimize, inpaint
 from pilotfish_image.inpaint import Scene
 
-from pilotfish import Guide, Plugin, SettingsError, mend_torchvision, pixels
+from pilotfish import Guide, Plugin, SettingsError, keep_outside, mend_torchvision, pixels
 from pilotfish.testing import random_sampler
 
 mend_torchvision()
@@ -46,7 +46,7 @@ def known(sampler, picture_file):
 @pytest.fixture
 def latents_of(sampler, picture_file, monkeypatch):
     """Latents as they are before the last correction, which random networks make no sense of."""
-    monkeypatch.setattr(Scene, "corrected", lambda self, latents, model: latents)
+    monkeypatch.setattr(inpaint, "keep_outside", lambda model, latents, *_: latents)
 
     def run(*others, mask=LEFT, image=picture_file, **options):
         plugins = [*others, Inpaint(image=image, mask=mask)]
@@ -149,7 +149,7 @@ def scene():
 def test_what_is_drawn_does_not_show_around_it(scene):
     model = Leaky()
     dark = torch.cat([scene.around(torch.full((1, 4, 8, 8), value)) for value in (0.0, 1.0)])
-    corrected = scene.corrected(dark, model)
+    corrected = keep_outside(model, dark, scene.image, scene.drawn)
     assert torch.equal(corrected[..., :4], dark[..., :4])
     errors = [
         (model.decode(latents) - scene.image)[..., 4:].square().mean(dim=(1, 2, 3)).sqrt()
@@ -162,7 +162,7 @@ def test_an_image_that_the_correction_would_make_worse_stays(scene):
     model = Leaky()
     model.encode = lambda image: -Leaky().encode(image)
     latents = scene.around(torch.zeros(1, 4, 8, 8))
-    assert torch.equal(scene.corrected(latents, model), latents)
+    assert torch.equal(keep_outside(model, latents, scene.image, scene.drawn), latents)
 
 
 # ---- masks ----

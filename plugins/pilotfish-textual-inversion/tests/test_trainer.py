@@ -317,7 +317,7 @@ def test_latents_are_the_models_own_of_the_picture(sampler, pictures):
     ("values", "message"),
     [
         ({"token": "a b"}, "token must be a word without spaces; got 'a b'"),
-        ({"token": "cat</w>"}, "'cat</w>' cannot be added: text_encoder already knows it"),
+        ({"token": "cat</w>"}, "'cat</w>' cannot be added: text_encoder knows it already"),
         ({"init": " "}, "init must be a word that the model knows; got ' '"),
         ({"captions": ("a cat",)}, r"caption 'a cat' has no \{token\}: write it where the word"),
         ({"captions": ()}, "captions must be one or more texts; got none"),

@@ -168,6 +168,7 @@ class Stack:
     def teardown(self, arguments: Arguments) -> None:
         """Tear all down, in reverse, whatever they raise; then raise the last error."""
         with contextlib.ExitStack() as undone:
+            undone.callback(self._states.clear)
             for call in self.calls["teardown"]:
                 undone.callback(self.call, call, arguments(call.name, None))
 

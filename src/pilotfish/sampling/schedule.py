@@ -74,7 +74,7 @@ class Schedule:
         A scheduler of two stages knows the second one's when it is there, and solvers may divide by
         the distance of two levels that are one: then a copy goes ahead.
         """
-        if self.can_repeat and len(self.timesteps.unique()) == self.num_steps > 0:
+        if self.can_repeat and len(set(self.timesteps.tolist())) == self.num_steps > 0:
             return tuple(noise_level(self._scheduler, i) for i in range(self.num_steps))
         ahead, levels = copy.deepcopy(self._scheduler), []
         latents = torch.zeros(1, 1, 1, 1, device=self.timesteps.device)
