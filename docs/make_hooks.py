@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from pilotfish import Embedding, Start, Step
-from pilotfish.hooks import specs as hookspecs
+from pilotfish.hooks import specs
+from pilotfish.models.protocol import Conditioning
 
 FILE = Path(__file__).with_name("hooks.md")
 
@@ -26,13 +26,24 @@ way in. In a class each hook is a method, with `self` before the arguments shown
 
 def page() -> str:
     """The whole page."""
-    about = paragraphs(inspect.getdoc(hookspecs) or "")[1:]  # without the module's own title
-    parts = [HEAD, *about, table(), *(section(name) for name in hookspecs.KINDS)]
+    about = paragraphs(inspect.getdoc(specs) or "")[1:]  # without the module's own title
+    parts = [HEAD, *about, table(), *(section(name) for name in specs.KINDS)]
     parts += [
         "## What a step shows",
         "`step` is read-only. Its values are made when they are first read, and shared: ten "
         "plugins that read the picture cost one decode.",
         meanings(*members("step.", Step)),
+        "## What the network is asked",
+        "Within `network_inputs` and `around_network` a step knows the present call: "
+        "`step.network_latents` and `step.conditioning`. A further call is the plugin's own:",
+        signature("step.predict", Step.predict),
+        *contract(inspect.getdoc(Step.predict) or ""),
+        "`network_inputs` and `around_network` are asked at this call too, which has B images, and "
+        "not 2B.",
+        "A `Conditioning` is what the network is told of a prompt, by name, batch first; nobody "
+        "changes it. Under classifier-free guidance `step.conditioning` has 2B images, the "
+        "negative prompt's half first; what `step.predict` is given has B, or 1 for all of them.",
+        meanings(*fields("", Conditioning), *members("", Conditioning)),
         "## What a start shows",
         *paragraphs(inspect.getdoc(Start) or "")[:1],
         meanings(*fields("start.", Start), *members("start.", Start)),
@@ -45,27 +56,39 @@ def page() -> str:
 
 def table() -> str:
     """All hooks with their kind and when they are called."""
-    rows = [f"| [`{n}`](#{n}) | {kind} | {when(n)} |" for n, kind in hookspecs.KINDS.items()]
+    rows = [f"| [`{n}`](#{n}) | {kind} | {when(n)} |" for n, kind in specs.KINDS.items()]
     return "\n".join(["| hook | kind | when |", "|---|---|---|", *rows])
 
 
 def when(name: str) -> str:
-    """The beginning of a hook's docstring, up to the colon."""
-    first = paragraphs(doc(name))[0]
-    return first.partition(":")[0].partition(",")[2].strip(" .")
+    """The beginning of a hook's docstring, up to the colon, without its kind."""
+    first = paragraphs(doc(name))[0].partition(":")[0].strip(" .")
+    begun = first.removeprefix(f"{specs.KINDS[name].capitalize()}, ")
+    return begun[0].lower() + begun[1:]
 
 
 def section(name: str) -> str:
     """One hook: its signature, and its contract."""
-    function: FunctionType = getattr(hookspecs, name)
-    signature = str(inspect.signature(function)).replace("'", "")
-    text = re.sub(r"^(Args|Returns):$", r"**\1**", doc(name), flags=re.M)
-    return f"## {name}\n\n```python\ndef {name}{signature}\n```\n\n" + "\n\n".join(paragraphs(text))
+    parts = [f"## {name}", signature(f"def {name}", getattr(specs, name)), *contract(doc(name))]
+    return "\n\n".join(parts)
+
+
+def signature(name: str, function: Callable[..., Any]) -> str:
+    """A call, as code."""
+    found = inspect.signature(function)
+    given = [p for p in found.parameters.values() if p.name != "self"]
+    text = str(found.replace(parameters=given)).replace("'", "")
+    return f"```python\n{name}{text}\n```"
+
+
+def contract(text: str) -> list[str]:
+    """A docstring's paragraphs, with its titles bold."""
+    return paragraphs(re.sub(r"^(Args|Returns|Raises):$", r"**\1**", text, flags=re.M))
 
 
 def doc(name: str) -> str:
     """A hook's docstring."""
-    return inspect.getdoc(getattr(hookspecs, name)) or ""
+    return inspect.getdoc(getattr(specs, name)) or ""
 
 
 def paragraphs(text: str) -> list[str]:
