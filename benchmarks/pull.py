@@ -25,7 +25,7 @@ import pilotfish
 from pilotfish.guidance import moves as rules
 from pilotfish.guidance.moves import rms
 
-USUAL, STRONG = 4.0, 7.5  # guidance_scale: of the emoji model's own tests, and pilotfish's default
+USUAL, STRONG = 4.0, 7.5  # guidance_scale: the emoji model's, and Stable Diffusion's
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of `blue` without guidance: multiples of the constant
 RUN = {"steps": 25, "scheduler": "ddim", "num_images": BATCH, "seed": 0}
 RESULT = Path(__file__).parent / "results" / "pull.json"
@@ -39,7 +39,7 @@ class Watch(pilotfish.Plugin):
         self.ratios: list[Tensor] = []
 
     def combine_predictions(self, cond: Tensor, uncond: Tensor | None) -> None:
-        """The core's answer."""
+        """Unchanged."""
         if uncond is not None:
             self.ratios.append((rms(cond - uncond) / rms(cond)).flatten())  # (B,)
 

@@ -76,6 +76,8 @@ def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
 
 def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     """A scheduler as a run file holds it: its name, and what differs from the model's."""
+    if spec is None:
+        return short_name(type(own))
     scheduler = new(spec, own)
     name = short_name(type(scheduler))
     usual = {key: plain(value) for key, value in new(name, own).config.items()}
