@@ -142,7 +142,7 @@ def sweep(row: Row, quick: bool) -> dict[str, Any]:
     images, scales, usual = IMAGES, row.scales, USUAL
     steps: Sequence[int] = STEPS
     if quick:
-        images, scales, steps, usual = 20, row.scales[::4], (5, 10), 10
+        images, scales, steps, usual = 20, row.scales[::8], (3, 6), 6
     points = [measure(row, scale, n, images) for n in steps for scale in scales]
     best = min((p for p in points if p["steps"] == usual), key=distance)
     return {

@@ -129,7 +129,8 @@ def worth(sampler: pilotfish.Sampler, prompts: int) -> dict[str, Any]:
 def cost(sampler: pilotfish.Sampler, rounds: int) -> dict[str, Any]:
     """Of one picture's decode with its gradient, and of the UNet's part in an unguided step."""
     model = sampler.model
-    x0 = torch.randn(BATCH, *model.latent_shape(None, None), generator=torch.Generator())
+    shape = model.latent_shape(model.defaults.height, model.defaults.width)
+    x0 = torch.randn(BATCH, *shape, generator=torch.Generator())
     with tempfile.TemporaryDirectory() as folder:
         decoders = {
             "vae": model.decoder("vae"),

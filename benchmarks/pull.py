@@ -25,7 +25,7 @@ import pilotfish
 from pilotfish.guidance import moves as rules
 from pilotfish.guidance.moves import rms
 
-USUAL, STRONG = 4.0, 7.5  # guidance_scale: the emoji model's default, and diffusers'
+USUAL, STRONG = 4.0, 7.5  # guidance_scale: the emoji model's, and Stable Diffusion's
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of `blue` without guidance: multiples of the constant
 RUN = {"steps": 25, "scheduler": "ddim", "num_images": BATCH, "seed": 0}
 RESULT = Path(__file__).parent / "results" / "pull.json"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from timing import host, memory, models, report
 from timing.profiles import PROFILES
 from timing.scenes import Scene, play
 
+from pilotfish import GuideWarning
+
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 
@@ -33,6 +36,7 @@ RESULTS, README = HERE / "results", HERE / "README.md"
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     args = parse(arguments)
+    warnings.simplefilter("ignore", GuideWarning)  # what few steps do to a loss, no row is about
     if args.tables:
         report.write_tables(README, RESULTS)
         return

@@ -31,7 +31,6 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
             "a campfire on a black background",
             plugins=[pilotfish.guide(blue_loss, scale=scale)],
             steps=steps,
-            guidance_scale=4,
             seed=seed,
         )
         pictures += result.images

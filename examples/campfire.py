@@ -29,7 +29,6 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
             PROMPT,
             plugins=plugins,
             steps=steps,
-            guidance_scale=4,
             seed=seed,
         )
         for name, plugins in PICTURES.items()

@@ -18,9 +18,7 @@ import pilotfish
 def main(model: str | None = None, *, out: str = "out", steps: int = 12, seed: int = 32) -> Path:
     """Make the film; returns where it is."""
     sampler = pilotfish.load(model)
-    stream = sampler.stream(
-        "a campfire on a black background", steps=steps, guidance_scale=4, seed=seed
-    )
+    stream = sampler.stream("a campfire on a black background", steps=steps, seed=seed)
     return view.film(stream, decoded=True).save(f"{out}/film.gif")
 
 

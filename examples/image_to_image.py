@@ -39,7 +39,6 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
             "a boat on a teal background",
             plugins=[{"use": "img2img", "image": file, "strength": strength}],
             steps=steps,
-            guidance_scale=4,
             seed=seed,
         )
         pictures += result.images

@@ -19,22 +19,21 @@ import torch
 import pilotfish
 
 
-def bare_loop(
-    model: Any, prompt: str, steps: int, scale: float, seed: int
-) -> Iterator[torch.Tensor]:
+def bare_loop(model: Any, prompt: str, steps: int, seed: int) -> Iterator[torch.Tensor]:
     """The latents before each step and after the last, with nothing but the networks."""
+    usual = model.defaults
     tokens = model.tokenizer(["", prompt], padding="max_length", return_tensors="pt")
     embeddings = model.text_encoder(tokens.input_ids.to(model.device))[0]
     scheduler = model.new_scheduler(None)
     scheduler.set_timesteps(steps, device=model.device)
-    shape = (1, *model.latent_shape(None, None))
+    shape = (1, *model.latent_shape(usual.height, usual.width))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     latents = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         yield latents
         both = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
         uncond, cond = model.unet(both, timestep, encoder_hidden_states=embeddings).sample.chunk(2)
-        noise = uncond + scale * (cond - uncond)  # classifier-free guidance
+        noise = uncond + usual.guidance_scale * (cond - uncond)  # classifier-free guidance
         latents = scheduler.step(noise, timestep, latents).prev_sample
     yield latents
 
@@ -43,8 +42,8 @@ def bare_loop(
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:
     """Make the picture; returns where it is."""
     sampler, prompt = pilotfish.load(model), "a campfire on a black background"
-    bare = [*bare_loop(sampler.model, prompt, steps, 4, seed)]
-    stream = sampler.stream(prompt, steps=steps, guidance_scale=4, seed=seed)
+    bare = [*bare_loop(sampler.model, prompt, steps, seed)]
+    stream = sampler.stream(prompt, steps=steps, seed=seed)
     ours = [*(step.latents for step in stream), stream.result().latents]
     print(f"equal to the bit: {all(map(torch.equal, bare, ours))}")
     shown = [round(part * (len(ours) - 1)) for part in (0, 0.4, 0.6, 0.8, 1)]

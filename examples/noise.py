@@ -22,7 +22,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # part of the way to pure noise
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:
     """Make the picture; returns where it is."""
     sampler, prompt = pilotfish.load(model), "a parrot on a teal background"
-    run = {"steps": steps, "guidance_scale": 4, "seed": seed}
+    run = {"steps": steps, "seed": seed}
     clean = pilotfish.save_picture(sampler(prompt, **run).images[0], f"{out}/parrot.png")
     noisy, looks, labels = [], [], []
     for level in LEVELS:

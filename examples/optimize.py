@@ -35,7 +35,6 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
                 plugins=plugins,
                 scheduler="ddim",
                 steps=steps,
-                guidance_scale=4,
                 seed=seed,
             )
         ]

@@ -38,7 +38,7 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
     rows = []
     for prompt in prompts:
         uses = [[], *([{"use": "palette", "colors": colors}] for colors in PALETTES)]
-        run = {"steps": steps, "guidance_scale": 4, "seed": seed}
+        run = {"steps": steps, "seed": seed}
         rows.append([sampler(prompt, plugins=use, **run).images[0] for use in uses])
     side = rows[0][0].width
     swatches = [None, *(swatch(colors, side) for colors in PALETTES)]

@@ -31,7 +31,6 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
                 prompts[0],
                 plugins=[{"use": "blend", **blend}],
                 steps=steps,
-                guidance_scale=4,
                 seed=seed,
             )
             for blend in blends

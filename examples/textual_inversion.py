@@ -35,7 +35,7 @@ def main(
 ) -> Path:
     """Make the picture; returns where it is."""
     sampler = pilotfish.load(model)
-    run = {"steps": steps, "guidance_scale": 4, "seed": seed}
+    run = {"steps": steps, "seed": seed}
     gray = "a {token} on a gray background"
     shown = sampler(gray.format(token="fox"), num_images=4, **run)
     times = {"steps": training, "every": training}

@@ -29,7 +29,6 @@ def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: i
                 f"a {first} on a teal background",
                 plugins=[blend],
                 steps=steps,
-                guidance_scale=4,
                 seed=seed,
             )
             for blend in blends

@@ -20,7 +20,7 @@ PAIRS = (("puppy", "cat"), ("campfire", "castle"))
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:
     """Make the picture; returns where it is."""
     sampler, rows = pilotfish.load(model), []
-    run = {"steps": steps, "guidance_scale": 4, "seed": seed}
+    run = {"steps": steps, "seed": seed}
     for word, by in PAIRS:
         prompt = "a {} on a teal background"
         swap = {"use": "token-swap", "word": word, "by": by}

@@ -19,7 +19,7 @@ import pilotfish
 def main(model: str | None = None, *, out: str = "out", steps: int = 25, seed: int = 32) -> Path:
     """Make the picture; returns where it is."""
     sampler, prompt = pilotfish.load(model), "a parrot on a teal background"
-    parrot = sampler(prompt, steps=steps, guidance_scale=4, seed=seed).images[0]
+    parrot = sampler(prompt, steps=steps, seed=seed).images[0]
     trip = view.roundtrip(sampler, parrot)
     rows = [[trip.picture()], [view.channels(trip.latents)]]
     return pilotfish.save_picture(view.table(rows), f"{out}/vae.png")

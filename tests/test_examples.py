@@ -19,7 +19,8 @@ GALLERY = ROOT / "docs" / "gallery"
 # How a run is made short, and what is changed to see whether the picture reacts to it.
 SHRUNK = {
     "image_to_image": {"steps": 5},  # so that the least strength is still a step
-    "schedulers": {"steps": (2, 3, 4, 5, 6), "reference": 8},
+    "schedulers": {"steps": (1, 2, 3, 4, 5), "reference": 6},
+    "clip_guidance": {"steps": 1},
     "textual_inversion": {"steps": 2, "training": 2},
 }
 CHANGED = {"embeddings": {"other": "skunk"}}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 from pathlib import Path
 from random import Random
@@ -16,6 +17,12 @@ from pilotfish.hooks.registry import resolve
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+
+needs_font = pytest.mark.skipif(
+    not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").is_file()
+    and "PILOTFISH_EMOJI_FONT" not in os.environ,
+    reason="needs the font of fonts-noto-color-emoji",
+)
 
 
 @pytest.fixture
@@ -105,9 +112,11 @@ def test_one_run_of_many_labels_has_the_losses_of_a_classifier_for_each(curves, 
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_is_kept_and_its_calls_of_the_network_are_counted(curves, tmp_path):
+def test_a_batch_is_kept_and_its_calls_of_the_network_are_counted(curves, tmp_path, monkeypatch):
     from pilotfish_emoji import FOLDER
 
+    for module in (curves.points, curves.pictures):
+        monkeypatch.setattr(module, "BATCH", 2)
     recurring = {"base": "balanced", "recurrence": 3, "recurrence_stop": 0.5}
     series = curves.points.Series("label", "often", 1.0, recurring, run={"steps": 2})
     lab, point = curves.pictures.Lab(FOLDER, tmp_path), curves.points.Point(series, 1.0)
@@ -120,6 +129,7 @@ def test_a_batch_is_kept_and_its_calls_of_the_network_are_counted(curves, tmp_pa
     assert curves.pictures.Lab(FOLDER, tmp_path).read(point, 0).keys() == kept.keys()
 
 
+@needs_font
 def test_fresh_pictures_are_as_good_as_can_be_and_noise_is_not(curves, monkeypatch):
     from emoji_training.world import render
     from pilotfish_emoji import FOLDER

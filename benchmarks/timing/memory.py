@@ -67,9 +67,10 @@ def _gradient(model: StableDiffusion, checkpointing: str) -> tuple[Tensor, int]:
     text = torch.randn(2, 77, config.cross_attention_dim, generator=generator)
     outputs = []
 
-    def predict() -> None:
-        outputs.append(model.unet(latents, 500, encoder_hidden_states=text).sample)
+    unet = model.differentiable(checkpointing).unet
 
-    with model.differentiable(checkpointing):
-        kept = measure.kept_bytes(predict)
-        return torch.autograd.grad(outputs[0].square().sum(), latents)[0], kept
+    def predict() -> None:
+        outputs.append(unet(latents, 500, encoder_hidden_states=text).sample)
+
+    kept = measure.kept_bytes(predict)
+    return torch.autograd.grad(outputs[0].square().sum(), latents)[0], kept

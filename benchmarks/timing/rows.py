@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,8 +56,16 @@ class Idle(pilotfish.Plugin):
     def before_step(self, step: pilotfish.Step) -> None:
         """Unchanged."""
 
-    def combine_predictions(self, cond: Tensor, uncond: Tensor | None, step: Any) -> None:
-        """The core's answer."""
+    def network_inputs(self, inputs: Mapping[str, Any], step: pilotfish.Step) -> None:
+        """Unchanged."""
+
+    def around_network(self, step: pilotfish.Step) -> None:
+        """Nothing."""
+
+    def combine_predictions(
+        self, prediction: Tensor, cond: Tensor, uncond: Tensor | None, step: pilotfish.Step
+    ) -> None:
+        """Unchanged."""
 
     def on_predicted_x0(self, x0: Tensor, step: pilotfish.Step) -> None:
         """Unchanged."""
@@ -67,6 +75,9 @@ class Idle(pilotfish.Plugin):
 
     def after_step(self, step: pilotfish.Step) -> None:
         """Nothing."""
+
+    def resample(self, step: pilotfish.Step) -> None:
+        """Every image goes on in its own place."""
 
 
 @dataclass

@@ -42,10 +42,13 @@ def checkpoint_layers(network: Any, checkpointing: str, again: Again) -> None:
         network: a copy of one run's own.
         checkpointing, again: see `LatentDiffusion.differentiable`.
     """
-    size = sum(parameter.numel() for parameter in network.parameters())
-    if checkpointing == "on" or (checkpointing == "auto" and size > AUTO_PARAMETERS):
+    if checkpointing == "on" or (checkpointing == "auto" and _size(network) > AUTO_PARAMETERS):
         for module in parts(network):
             vars(module)["forward"] = _computed_again(module.forward, module.training, again)
+
+
+def _size(network: Any) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _computed_again(forward: Callable[..., Any], draws: bool, again: Again) -> Callable[..., Any]:

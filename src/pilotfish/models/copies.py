@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
-KEPT_APART = ("_buffers", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs")
+# What a module keeps of its hooks: dictionaries, each of which a copy has for itself.
+HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
+HOLDERS = {types.MethodType, functools.partial}
 
 
 def own_copy(network: Any) -> Any:
@@ -22,11 +24,15 @@ def own_copy(network: Any) -> Any:
     copies = {id(module): module.__new__(type(module)) for module in modules}
     for module in modules:
         twin = copies[id(module)]
-        own = {name: _rebound(value, module, twin) for name, value in vars(module).items()}
+        own = vars(twin)
+        own.update(vars(module))
+        for name in [name for name, value in own.items() if type(value) in HOLDERS]:
+            own[name] = _rebound(own[name], module, twin)
         own["_modules"] = {n: m and copies[id(m)] for n, m in module._modules.items()}
         own["_parameters"] = {n: _frozen(p) for n, p in module._parameters.items()}
-        own |= {name: type(own[name])(own[name]) for name in KEPT_APART if name in own}
-        vars(twin).update(own)
+        own["_buffers"] = dict(module._buffers)
+        for name in HOOKS:
+            own[name] = own[name].copy() if own[name] else type(own[name])()  # mostly empty
     return copies[id(network)]
 
 
@@ -48,5 +54,5 @@ def _rebound(value: Any, module: Any, twin: Any) -> Any:
 
 def offload_hook(network: Any) -> bool:
     """Whether accelerate moves a network's weights from device to device while it runs."""
-    hooks = (getattr(module, "_hf_hook", None) for module in network.modules())
+    hooks = (vars(module).get("_hf_hook") for module in network.modules())
     return any(getattr(h, "offload", False) or type(h).__name__ == "CpuOffload" for h in hooks)

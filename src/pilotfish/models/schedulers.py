@@ -116,8 +116,8 @@ def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
 
 def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     """A scheduler as a run file holds it: its name, and what differs from the model's."""
-    if isinstance(spec, str):
-        return short_name(named(spec))
+    if spec is None or isinstance(spec, str):
+        return short_name(type(own) if spec is None else named(spec))
     scheduler = new(spec, own)
     kind, name = type(scheduler), short_name(type(scheduler))
     takes = inspect.signature(kind).parameters

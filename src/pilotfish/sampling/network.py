@@ -29,8 +29,7 @@ class Network:
         self._stack = stack
         self._around: contextlib.AbstractContextManager[Any] | None = contextlib.nullcontext()
         self.model = model.differentiable(checkpointing, lambda: self._around)
-        reason = self.model.refuse_gradients()
-        if reason and stack.calls["around_network"]:
+        if stack.calls["around_network"] and (reason := self.model.refuse_gradients()):
             raise ModelError(f"nothing can be put around the network's calls: {reason}")
 
     def __call__(
