@@ -97,7 +97,9 @@ def gradients(guides: dict[str, Any], step: pilotfish.Step, decode: Decode) -> d
     for name, guide in guides.items():
         generator = [torch.Generator().manual_seed(i) for i in range(len(x0))]
         seen = SimpleNamespace(image=image, run=step.run, generator=generator)
-        loss = guide.loss_guidance(seen)
+        # As the host asks: a guide that keeps a state of the run takes it.
+        state = (guide.setup(step.run),) if hasattr(guide, "setup") else ()
+        loss = guide.loss_guidance(seen, *state)
         found[name] = torch.autograd.grad(loss.sum(), x0, retain_graph=True)[0].flatten(1)
     return found
 

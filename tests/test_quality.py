@@ -102,10 +102,8 @@ def test_one_run_of_many_labels_has_the_losses_of_a_classifier_for_each(curves, 
             {"use": "classifier", "label": label, "cutouts": cutouts, **settings}
         ).plugin
         generators = [torch.Generator().manual_seed(row) for row in rows]
-        guide.setup(run)
-        return guide.loss_guidance(
-            SimpleNamespace(run=run, image=image[rows], generator=generators)
-        )
+        step = SimpleNamespace(run=run, image=image[rows], generator=generators)
+        return guide.loss_guidance(step, guide.setup(run))
 
     together = loss(0, [0, 1, 2], model=curves.pictures.Turned(lab.classifier, wanted))
     alone = [loss(label, [row]) for row, label in enumerate(wanted)]

@@ -121,8 +121,10 @@ class ClipText:
         pattern = re.compile(longest_first, re.IGNORECASE if same else 0)
         return pattern.sub(lambda m: exact.get(m[0]) or lower.get(m[0].lower(), m[0]), text)
 
-    def encode(self, tokens: Tokens, role: Role, on_token: OnToken) -> Embedding:
+    def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
+        if on_token is None:
+            return self._output(tokens, role)
 
         def at_token_stage(_module: Any, _inputs: Any, values: Tensor) -> Tensor:
             handle.remove()  # `on_token` may ask the module for more, and gets it as it is
@@ -133,8 +135,11 @@ class ClipText:
 
         handle = self.network.get_input_embeddings().register_forward_hook(at_token_stage)
         try:
-            output = self.network(tokens.ids.to(self.network.device), attention_mask=None)
+            return self._output(tokens, role)
         finally:
             handle.remove()
+
+    def _output(self, tokens: Tokens, role: Role) -> Embedding:
+        output = self.network(tokens.ids.to(self.network.device), attention_mask=None)
         pooled = output[1] if len(output) > 1 else None
         return Embedding("prompt", role, output[0], pooled, tokens.pieces, self.name)

@@ -36,6 +36,12 @@ def own_copy(network: Any) -> Any:
     return copies[id(network)]
 
 
+def make_eager(network: Any) -> None:
+    """Let a copy run its own modules from now on, where a compiled original would run its own."""
+    for module in network.modules() if network is not None else ():
+        vars(module)["_compiled_call_impl"] = None
+
+
 def _frozen(parameter: Any) -> Any:
     if type(parameter) is nn.Parameter and parameter.requires_grad:
         return nn.Parameter(parameter.detach(), requires_grad=False)

@@ -105,7 +105,7 @@ class TextEncoder(Protocol):
             UserWarning: words were dropped; names them.
         """
 
-    def encode(self, tokens: Tokens, role: Role, on_token: OnToken) -> Embedding:
+    def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
 
 
@@ -272,7 +272,9 @@ class LatentDiffusion(Protocol):
     def rgb(self, latents: Tensor) -> Tensor:
         """Clean latents -> linear estimate of the colours at latent size (B, 3, H, W)."""
 
-    def differentiable(self, checkpointing: str, again: Again = nullcontext) -> LatentDiffusion:
+    def differentiable(
+        self, checkpointing: str, again: Again | None = nullcontext
+    ) -> LatentDiffusion:
         """The same model as one run uses it: on copies of the modules over the same weights.
 
         They are frozen, and checkpointed if asked; what is patched in them nobody else sees.
@@ -280,7 +282,8 @@ class LatentDiffusion(Protocol):
         Args:
             checkpointing: see `Run.checkpointing`.
             again: asked where a checkpointed layer runs: what to put around it when it is computed
-                again, or None where that cannot be, and it must keep what it needs.
+                again, or None where that cannot be, and it must keep what it needs. `again` itself
+                is None where nothing is patched and no gradient taken: then nothing is copied.
         """
 
     def refuse_gradients(self) -> str | None:

@@ -211,10 +211,14 @@ class StableDiffusion:
             self._made[key] = decoders.fit_rgb(self.encode, self.factor).to(self.device)
         return decoders.linear(self._made[key], latents)
 
-    def differentiable(self, checkpointing: str, again: Again = nullcontext) -> StableDiffusion:
+    def differentiable(
+        self, checkpointing: str, again: Again | None = nullcontext
+    ) -> StableDiffusion:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
         model = copy.copy(self)
         model._read()
+        if again is None:
+            return model
         model.unet, model.vae = own_copy(model.unet), own_copy(model.vae)
         model.text_encoder = own_copy(model.text_encoder)
         model._set_encoder()

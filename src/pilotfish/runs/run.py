@@ -192,8 +192,8 @@ class Run(pydantic.BaseModel):
         """
         if unnamed := [table["name"] for table in self.plugins if not table["use"]]:
             raise PilotfishError(
-                f"plugin {unnamed[0]!r} was defined in this session, so this run cannot be repeated "
-                "from a file; write it as a class in a file and use it as 'file.py:Class'"
+                f"plugin {unnamed[0]!r} was defined in this session, so this run cannot be "
+                "repeated from a file; write it as a class in a file and use it as 'file.py:Class'"
             )
         preset = find_preset(self.preset)
         content = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..hooks.stack import Stack
+from ..models.copies import make_eager
 from ..models.protocol import Conditioning, LatentDiffusion
 from .step import Step, StepState
 
@@ -28,9 +29,15 @@ class Network:
     def __init__(self, model: LatentDiffusion, checkpointing: str, stack: Stack) -> None:
         self._stack = stack
         self._around: contextlib.AbstractContextManager[Any] | None = contextlib.nullcontext()
-        self.model = model.differentiable(checkpointing, lambda: self._around)
+        # Without plugins nothing is patched and no gradient taken: no copies then.
+        self.model = model.differentiable(checkpointing, self._again if len(stack) else None)
         if stack.calls["around_network"] and (reason := self.model.refuse_gradients()):
             raise ModelError(f"nothing can be put around the network's calls: {reason}")
+        if stack.calls["around_network"]:
+            make_eager(self.model.denoiser)
+
+    def _again(self) -> contextlib.AbstractContextManager[Any] | None:
+        return self._around
 
     def __call__(
         self, state: StepState, latents: Tensor, conditioning: Conditioning, patch: Any = None
@@ -42,6 +49,8 @@ class Network:
         """
         before = state.network_latents, state.network_conditioning, self._around
         state.network_latents, state.network_conditioning = latents, conditioning
+        if patch is not None:
+            make_eager(self.model.denoiser)
         try:
             inputs = self._inputs(state)
             around = Around(lambda: self._managers(state, latents, conditioning, patch))

@@ -75,8 +75,10 @@ class Prompts:
         """A text's at stage "prompt", with all plugins' answers at stage "token" in it."""
         key = encoder.name, role, text
         if key not in self._encoded:
+            tokens = encoder.tokenize(text)
+            plain = not (tokens.added or self._stack.calls["embedding_transform"])
             self._encoded[key] = encoder.encode(
-                encoder.tokenize(text), role, lambda e: self._transformed(e, lambda _: None, "")
+                tokens, role, None if plain else lambda e: self._transformed(e, lambda _: None, "")
             )
         return self._encoded[key]
 

@@ -15,6 +15,7 @@ from ..errors import ModelError
 from ..guidance.noise import NoiseLevel, draw
 from ..models import schedulers
 from ..models.protocol import (
+    Again,
     Conditioning,
     Defaults,
     Embedding,
@@ -138,9 +139,7 @@ class GaussianModel:
     def differentiable(
         self,
         checkpointing: str,
-        again: Callable[[], contextlib.AbstractContextManager[Any] | None] = (
-            contextlib.nullcontext
-        ),
+        again: Again | None = contextlib.nullcontext,
     ) -> GaussianModel:
         """Itself: it has no parameters to freeze, and nothing to patch."""
         return self
