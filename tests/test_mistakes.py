@@ -167,18 +167,19 @@ def test_a_guide_that_works_is_not_remarked(emoji_sampler):
 # ---- classes that are written wrong ----
 
 
-def test_settings_of_the_wrong_class_are_refused_at_their_definition():
+def test_settings_of_the_wrong_class_are_refused_with_the_right_one():
+    class Warm(Guide):
+        class Settings(Plugin.Settings):
+            target: float = 1.0
+
+    class Cold(Plugin):
+        class Settings(pydantic.BaseModel):
+            target: float = 1.0
+
     with pytest.raises(DefinitionError, match=r"Warm.Settings must inherit from Guide.Settings"):
-
-        class Warm(Guide):
-            class Settings(Plugin.Settings):
-                target: float = 1.0
-
+        Warm()
     with pytest.raises(DefinitionError, match=r"Cold.Settings must inherit from Plugin.Settings"):
-
-        class Cold(Plugin):
-            class Settings(pydantic.BaseModel):
-                target: float = 1.0
+        Cold(target=2)
 
 
 def test_an_init_without_super_is_told_what_to_write(sampler):
@@ -193,10 +194,22 @@ def test_an_init_without_super_is_told_what_to_write(sampler):
         sampler("a", plugins=[Forgets(3)], steps=1)
 
 
-@pytest.mark.parametrize("wrap", [staticmethod, classmethod, property])
-def test_a_hook_that_is_no_plain_method_is_refused_at_its_definition(wrap):
-    with pytest.raises(DefinitionError, match=r"a hook is a plain method: def loss_guidance\(self"):
-        type("Odd", (Guide,), {"loss_guidance": wrap(lambda step: dark(step))})
+@pytest.mark.parametrize(
+    "member",
+    [staticmethod(dark), classmethod(lambda cls, step: dark(step))],
+    ids=["static", "class"],
+)
+def test_a_static_or_class_method_is_a_hook_like_any_other(sampler, member):
+    odd = type("Odd", (Guide,), {"loss_guidance": member})
+    expected = sampler("a", plugins=[dark], steps=2, seed=0).latents
+    assert torch.equal(sampler("a", plugins=[odd()], steps=2, seed=0).latents, expected)
+
+
+@pytest.mark.parametrize("member", [property(lambda self: 1 / 0), 3, "loss"])
+def test_a_hook_that_cannot_be_called_is_refused(sampler, member):
+    odd = type("Odd", (Guide,), {"loss_guidance": member, "before_step": lambda self: None})
+    with pytest.raises(PluginError, match=r"Odd.loss_guidance is a .*def loss_guidance\(self"):
+        sampler("a", plugins=[odd()], steps=1)
 
 
 def test_an_unknown_argument_of_a_hook_is_named_with_those_it_has(sampler):

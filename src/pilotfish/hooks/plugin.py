@@ -42,8 +42,8 @@ class Plugin:
 
     Raises:
         SettingsError: a setting is unknown or out of range.
-        DefinitionError: at class definition, where a method's name is nearly, but not quite, a
-            hook's, a hook is no plain method, or `Settings` inherits from the wrong class.
+        DefinitionError: `Settings` inherits from the wrong class; already at class definition,
+            where a method's name is nearly, but not quite, a hook's.
     """
 
     class Settings(pydantic.BaseModel):
@@ -58,6 +58,14 @@ class Plugin:
     settings: Any
 
     def __init__(self, **settings: Any) -> None:
+        kind, base = type(self), Guide if isinstance(self, Guide) else Plugin
+        if not (inspect.isclass(kind.Settings) and issubclass(kind.Settings, base.Settings)):
+            right = f"{base.__name__}.Settings"
+            raise DefinitionError(
+                f"{kind.__qualname__}.Settings must inherit from {right}; write "
+                f"class Settings({right}): ...",
+                plugin=kind.__qualname__,
+            )
         try:
             self.settings = self.Settings(**settings)
         except pydantic.ValidationError as error:
@@ -67,29 +75,16 @@ class Plugin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if problem := cls._definition_problem():
-            raise DefinitionError(f"{cls.__qualname__}.{problem}", plugin=cls.__qualname__)
-        for hook in KINDS.keys() & vars(cls).keys():
-            hookimpl(vars(cls)[hook])
-
-    @classmethod
-    def _definition_problem(cls) -> str | None:
-        """What is wrong with the class, that would be silent or fail much later."""
-        base: Any = next(k for k in cls.__mro__[1:] if k.__module__ == __name__)  # Guide or Plugin
-        if not (inspect.isclass(cls.Settings) and issubclass(cls.Settings, base.Settings)):
-            settings = f"{base.__name__}.Settings"
-            return f"Settings must inherit from {settings}; write class Settings({settings}): ..."
         for name, member in vars(cls).items():
-            method = inspect.isfunction(member)
-            if name in KINDS and not method:
-                kind = type(member).__name__
-                return f"{name} is a {kind}; a hook is a plain method: def {name}(self, ...)"
-            if name not in KINDS and method and name[0] != "_" and (near := near_hooks(name)):
-                return (
-                    f"{name} is not a hook. Did you mean {near[0]!r}? "
-                    f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}"
+            function = getattr(member, "__func__", member)  # of a static or class method
+            if name in KINDS and inspect.isfunction(function):
+                hookimpl(function)
+            elif inspect.isfunction(member) and name[0] != "_" and (near := near_hooks(name)):
+                raise DefinitionError(
+                    f"{cls.__qualname__}.{name} is not a hook. Did you mean {near[0]!r}? "
+                    f"Otherwise start the name with an underscore. Hooks: {', '.join(KINDS)}",
+                    plugin=cls.__qualname__,
                 )
-        return None
 
     def __repr__(self) -> str:
         given = self.settings.model_dump(exclude_defaults=True)
@@ -202,7 +197,13 @@ def check_instance(plugin: object, name: str) -> None:
 def _instance_problem(plugin: object) -> str | None:
     if isinstance(plugin, type):
         return f"got the class {plugin.__qualname__}; pass an instance: {plugin.__name__}(...)"
-    kind, hooks = type(plugin).__name__, implemented(plugin)
+    kind = type(plugin).__name__
+    members = {hook: inspect.getattr_static(plugin, hook, None) for hook in KINDS}
+    for hook, member in members.items():
+        if member is not None and not callable(getattr(member, "__func__", member)):
+            what = type(member).__name__
+            return f"{kind}.{hook} is a {what}; a hook is a method: def {hook}(self, ...)"
+    hooks = implemented(plugin)
     if isinstance(plugin, Plugin) and "settings" not in vars(plugin):
         return f"{kind}.__init__ sets no settings; begin it with super().__init__(**settings)"
     if isinstance(plugin, Guide) and hooks and "loss_guidance" not in hooks:
