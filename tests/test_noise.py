@@ -173,3 +173,19 @@ def test_half_precision_is_computed_in_float32():
     level = NoiseLevel(0.6, 0.8, 1 / 0.6, -0.8 / 0.6, "epsilon")
     half = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
     assert level.x0(half, half).dtype == torch.float32
+
+
+def test_at_sigma_0_there_is_no_noise_and_x0_is_the_latents():
+    level = NoiseLevel.of(1.0, 0.0, "epsilon")
+    latents = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(level.x0(latents, torch.ones_like(latents)), latents)
+    assert torch.equal(level.eps(latents, latents + 1), torch.zeros_like(latents))
+
+
+def test_at_alpha_0_nothing_of_x0_is_in_the_latents():
+    level = NoiseLevel.of(0.0, 1.0, "v_prediction")
+    assert level.per_alpha == 0 and NoiseLevel.of(0.5, 0.5, "v_prediction").per_alpha == 2
+    noise = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    cleaner = torch.full_like(noise, 7.0)
+    # All of what was there is gone, whatever it was.
+    assert torch.equal(level.noised(cleaner, NoiseLevel.of(0.6, 0.8, "epsilon"), noise), noise)
