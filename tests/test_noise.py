@@ -189,3 +189,13 @@ def test_at_alpha_0_nothing_of_x0_is_in_the_latents():
     cleaner = torch.full_like(noise, 7.0)
     # All of what was there is gone, whatever it was.
     assert torch.equal(level.noised(cleaner, NoiseLevel.of(0.6, 0.8, "epsilon"), noise), noise)
+
+
+def test_a_schedule_whose_first_two_timesteps_are_one_begins_at_the_first(sampler):
+    """Where it looks for its first timestep it would find the second, and end one step too far."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
+    run = {"steps": 20, "seed": 0, "guidance_scale": 1}
+    stream = sampler.stream("a", scheduler={"name": "dpmsolver-multistep", **config}, **run)
+    steps = [*stream]
+    assert steps[0].timestep == steps[1].timestep and len(steps) == 20
+    assert stream.result().latents.isfinite().all()
