@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import math
 import operator
 import re
 from collections.abc import Mapping
@@ -36,8 +35,7 @@ def new(spec: Any, own: Any) -> Any:
     Raises:
         InputError: there is no such scheduler, it cannot be made so, or its own package is missing.
     """
-    if spec is None:
-        spec = own
+    spec = own if spec is None else spec
     if isinstance(spec, diffusers.SchedulerMixin):
         return _same(spec)
     if not isinstance(spec, str | Mapping):
@@ -52,7 +50,8 @@ def new(spec: Any, own: Any) -> Any:
         # Some schedulers clip where the model's configuration is silent; latents never are.
         config.setdefault("clip_sample", own.config.get("clip_sample", False))
     made = _made(scheduler, own.config, config)
-    return made if all(_is_plain(value) for value in config.values()) else _same(made)
+    plain_types = (str, bool, int, float, type(None))
+    return made if all(type(value) in plain_types for value in config.values()) else _same(made)
 
 
 def _given(value: Any, own: Any) -> Any:
@@ -68,10 +67,10 @@ def _same(scheduler: Any) -> Any:
     Numbers of NumPy and tensors as they are in a configuration give other betas than the same
     numbers of Python: those betas are then given themselves.
     """
-    kind, takes = type(scheduler), inspect.signature(type(scheduler)).parameters
-    config = {k: _given(plain(v), scheduler) for k, v in scheduler.config.items() if k in takes}
+    kind = type(scheduler)
+    config = {key: _given(value, scheduler) for key, value in _settings(scheduler).items()}
     made = _made(kind, {}, config)
-    if "trained_betas" in takes and _numbers(scheduler, "betas") != _numbers(made, "betas"):
+    if "trained_betas" in config and _numbers(scheduler, "betas") != _numbers(made, "betas"):
         made = _made(kind, {}, {**config, "trained_betas": plain(scheduler.betas)})
     theirs, ours = _tables(scheduler), _tables(made)
     if wrong := sorted(name for name in ours if theirs.get(name) != ours[name]):
@@ -119,15 +118,21 @@ def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     if spec is None or isinstance(spec, str):
         return short_name(type(own) if spec is None else named(spec))
     scheduler = new(spec, own)
-    kind, name = type(scheduler), short_name(type(scheduler))
-    takes = inspect.signature(kind).parameters
-    usual = {key: plain(value) for key, value in new(name, own).config.items()}
-    changed = {
-        key: _written(value)
-        for key, value in ((k, plain(v)) for k, v in scheduler.config.items())
-        if key in takes and not _equal(value, usual.get(key))
+    name = short_name(type(scheduler))
+    usual = _settings(new(name, own))
+    # NaN is no NaN, but is written as one.
+    same = {
+        k for k, v in _settings(scheduler).items() if v == usual[k] or repr(v) == repr(usual[k])
     }
+    changed = {key: value for key, value in _settings(scheduler).items() if key not in same}
     return {"name": name, **changed} if changed else name
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A configuration as a run file holds it; diffusers' own also keeps what others take."""
+    takes = inspect.signature(type(scheduler)).parameters
+    config = {key: plain(value) for key, value in scheduler.config.items() if key in takes}
+    return {key: NONE if value is None else value for key, value in config.items()}
 
 
 def plain(value: Any) -> Any:
@@ -142,23 +147,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, diffusers.SchedulerMixin):
-        takes = inspect.signature(type(value)).parameters
-        config = {k: _written(plain(v)) for k, v in value.config.items() if k in takes}
-        return {"name": short_name(type(value)), **config}
+        return {"name": short_name(type(value)), **_settings(value)}
     return value
-
-
-def _written(value: Any) -> Any:
-    return NONE if value is None else value
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (str, bool, int, float)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one + other)
-    return bool(one == other) or both_nan
 
 
 def short_name(scheduler: type[Any]) -> str:
