@@ -8,7 +8,7 @@ import inspect
 import operator
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -120,11 +120,8 @@ def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     scheduler = new(spec, own)
     name = short_name(type(scheduler))
     usual = _settings(new(name, own))
-    # NaN is no NaN, but is written as one.
-    same = {
-        k for k, v in _settings(scheduler).items() if v == usual[k] or repr(v) == repr(usual[k])
-    }
-    changed = {key: value for key, value in _settings(scheduler).items() if key not in same}
+    # By what is written, in which NaN equals itself.
+    changed = {k: v for k, v in _settings(scheduler).items() if repr(v) != repr(usual.get(k))}
     return {"name": name, **changed} if changed else name
 
 
@@ -174,7 +171,11 @@ def available() -> dict[str, type[Any]]:
     """Every scheduler that `StableDiffusionPipeline` accepts and that can be used here, by name."""
     classes = [getattr(diffusers, member.name) for member in KarrasDiffusionSchedulers]
     # Where a scheduler's own package is missing, diffusers puts a stand-in that is no scheduler.
-    return {short_name(c): c for c in classes if issubclass(c, diffusers.SchedulerMixin)}
+    return {short_name(c): c for c in classes if _is_scheduler(c)}
+
+
+def _is_scheduler(value: Any) -> TypeGuard[type[Any]]:
+    return inspect.isclass(value) and issubclass(value, diffusers.SchedulerMixin)
 
 
 def named(name: str) -> type[Any]:
@@ -190,11 +191,11 @@ def named(name: str) -> type[Any]:
         return choices[found[0]]
     if ":" in name:
         return _imported(name)
-    for other in dir(diffusers):  # those that its pipelines do not offer
-        if wanted and other.endswith("Scheduler") and _letters(other) == wanted:
-            found_class: type[Any] = getattr(diffusers, other)
-            if issubclass(found_class, diffusers.SchedulerMixin):
-                return found_class
+    # Those that its pipelines do not offer.
+    others = {_letters(n): n for n in dir(diffusers) if n.endswith("Scheduler")}
+    other = getattr(diffusers, others.get(wanted, ""), None)
+    if _is_scheduler(other):
+        return other
     raise unknown("scheduler", name, choices)
 
 
@@ -204,7 +205,7 @@ def _imported(name: str) -> type[Any]:
         scheduler = operator.attrgetter(attribute)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"no scheduler {name}: {error}") from error
-    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
+    if not _is_scheduler(scheduler):
         raise InputError(f"{name} is no scheduler: expected a class of diffusers' SchedulerMixin")
     return scheduler
 

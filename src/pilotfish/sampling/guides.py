@@ -102,8 +102,8 @@ class Guides:
 
     def move(
         self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None
-    ) -> Tensor | None:
-        """What the guides make of a step together; None if none answered. It keeps no graph then.
+    ) -> None:
+        """Move a step by what the guides make of it together. It keeps no graph then.
 
         Args:
             cond, uncond: the network's two predictions.
@@ -114,7 +114,7 @@ class Guides:
         offsets = self._offsets(state)
         graphs, pulls = self._pulls(state, guides, graph, offsets)
         if not pulls:
-            return None
+            return
 
         def descend(move: Tensor) -> tuple[list[SharedGraph], list[Pull]]:
             to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
@@ -124,16 +124,15 @@ class Guides:
         place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
         move = moves.combine(graphs, pulls, self.preset, place, descend)
         self._trace += self._records(state, pulls, move)
-        return move.value
+        self._apply(state, move.value)
 
-    def apply(self, state: StepState, move: Tensor) -> None:
+    def _apply(self, state: StepState, move: Tensor) -> None:
         """Move what the preset says."""
-        preset = self.preset
-        if preset.rule == "sphere":
+        if self.preset.rule == "sphere":
             state.direction = move
-        elif preset.applied_to == "latents":
+        elif self.preset.applied_to == "latents":
             state.latents = state.latents + move.to(state.latents.dtype)
-        elif preset.applied_to == "prediction":
+        elif self.preset.applied_to == "prediction":
             state.x0 = state.x0 + move
         else:
             state.after = move

@@ -148,9 +148,7 @@ class Sampling:
     def guide(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> None:
         """The active guides are asked; they move the state together."""
         if guides := self.guides.active(state.index):
-            move = self.guides.move(state, guides, cond, uncond)
-            if move is not None:
-                self.guides.apply(state, move)
+            self.guides.move(state, guides, cond, uncond)
 
     def advance(self, state: StepState) -> Tensor:
         """The next latents: a plugin's, or the scheduler's."""
@@ -276,10 +274,9 @@ class Sampling:
 
 def _start_problem(answer: Any, like: Tensor, num_steps: int) -> str | None:
     """What is wrong with a `start_latents`' answer."""
-    try:
-        latents, first = answer
-    except (TypeError, ValueError):
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
         return f"returned {type(answer).__name__}; expected (latents, index of the first step)"
+    latents, first = answer
     if problem := tensor_problem(latents, like):
         return problem
     if not isinstance(first, int) or not 0 <= first < num_steps:

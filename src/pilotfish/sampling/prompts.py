@@ -30,7 +30,7 @@ class Prompts:
             "prompt_transform",
             run.prompt,
             lambda _, value: {"prompt": value, "run": run},
-            lambda new, _: _text_problem(new),
+            _text_problem,
         )
         self._texts: dict[Role, str] = {"positive": prompt, "negative": run.negative_prompt}
         words = collect_vocabulary(stack, run, run.model.text_encoders)
@@ -94,7 +94,7 @@ class Prompts:
         return answer
 
 
-def _text_problem(text: object) -> str | None:
+def _text_problem(text: object, _: object = None) -> str | None:
     if not isinstance(text, str):
         return f"returned {text!r}; expected text"
     try:
