@@ -183,6 +183,11 @@ def test_a_prompt_that_is_too_long_warns_and_names_the_dropped_words(sampler):
         sampler(" ".join(["a"] * 79) + " red", steps=1, seed=0)
 
 
+def test_added_words_that_are_dropped_are_named_as_they_were_written(sampler):
+    with pytest.warns(UserWarning, match=r"Dropped: 'a <ink> <ink>_1 red'"):
+        sampler(" ".join(["a"] * 76) + " <ink> red", plugins=[Word(vectors=2)], steps=1, seed=0)
+
+
 def test_an_embedding_is_offered_at_both_stages_for_both_roles(sampler):
     seen = []
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .guidance.cutouts import cutouts
     from .guidance.noise import NoiseLevel, at_least_float32, draw
     from .hooks.use import split_values
-    from .models.protocol import Embedding
+    from .models.protocol import Conditioning, Embedding
     from .models.torchvision import mend_torchvision
     from .runs.pictures import (
         area_weights,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "Area",
+    "Conditioning",
     "DefinitionError",
     "Embedding",
     "Guide",
@@ -94,6 +95,7 @@ __all__ = [
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
 _LAZY = {
+    "Conditioning": "models.protocol",
     "Embedding": "models.protocol",
     "NoiseLevel": "guidance.noise",
     "Record": "sampling.trace",

@@ -96,7 +96,11 @@ class ClipText:
             whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
         if len(whole) > self.length:
             dropped = self.tokenizer.decode(whole[self.length - 1 : -1])
-            takes = f"{self.name} takes {self.length - 2}. Dropped: {dropped!r}"
+            dropped = dropped.replace("</w>", " ")  # a copied tokenizer leaves the ends of words
+            for number, (_, shown) in self.vectors.items():
+                piece = self.tokenizer.convert_ids_to_tokens(number)
+                dropped = dropped.replace(piece, f"{shown} ")
+            takes = f"{self.name} takes {self.length - 2}. Dropped: {dropped.strip()!r}"
             warnings.warn(f"the prompt is {len(whole) - 2} tokens long; {takes}", stacklevel=2)
         ids, used, added = found.input_ids, int(found.attention_mask.sum()), {}
         pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())

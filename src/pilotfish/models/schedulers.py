@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import math
 import operator
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,8 +35,7 @@ def new(spec: Any, own: Any) -> Any:
     Raises:
         InputError: there is no such scheduler, it cannot be made so, or its own package is missing.
     """
-    if spec is None:
-        spec = own
+    spec = own if spec is None else spec
     if isinstance(spec, diffusers.SchedulerMixin):
         return _same(spec)
     if not isinstance(spec, str | Mapping):
@@ -52,7 +50,8 @@ def new(spec: Any, own: Any) -> Any:
         # Some schedulers clip where the model's configuration is silent; latents never are.
         config.setdefault("clip_sample", own.config.get("clip_sample", False))
     made = _made(scheduler, own.config, config)
-    return made if all(_is_plain(value) for value in config.values()) else _same(made)
+    plain_types = (str, bool, int, float, type(None))
+    return made if all(type(value) in plain_types for value in config.values()) else _same(made)
 
 
 def _given(value: Any, own: Any) -> Any:
@@ -68,10 +67,10 @@ def _same(scheduler: Any) -> Any:
     Numbers of NumPy and tensors as they are in a configuration give other betas than the same
     numbers of Python: those betas are then given themselves.
     """
-    kind, takes = type(scheduler), inspect.signature(type(scheduler)).parameters
-    config = {k: _given(plain(v), scheduler) for k, v in scheduler.config.items() if k in takes}
+    kind = type(scheduler)
+    config = {key: _given(value, scheduler) for key, value in _settings(scheduler).items()}
     made = _made(kind, {}, config)
-    if "trained_betas" in takes and _numbers(scheduler, "betas") != _numbers(made, "betas"):
+    if "trained_betas" in config and _numbers(scheduler, "betas") != _numbers(made, "betas"):
         made = _made(kind, {}, {**config, "trained_betas": plain(scheduler.betas)})
     theirs, ours = _tables(scheduler), _tables(made)
     if wrong := sorted(name for name in ours if theirs.get(name) != ours[name]):
@@ -119,15 +118,18 @@ def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     if spec is None or isinstance(spec, str):
         return short_name(type(own) if spec is None else named(spec))
     scheduler = new(spec, own)
-    kind, name = type(scheduler), short_name(type(scheduler))
-    takes = inspect.signature(kind).parameters
-    usual = {key: plain(value) for key, value in new(name, own).config.items()}
-    changed = {
-        key: _written(value)
-        for key, value in ((k, plain(v)) for k, v in scheduler.config.items())
-        if key in takes and not _equal(value, usual.get(key))
-    }
+    name = short_name(type(scheduler))
+    usual = _settings(new(name, own))
+    # By what is written, in which NaN equals itself.
+    changed = {k: v for k, v in _settings(scheduler).items() if repr(v) != repr(usual.get(k))}
     return {"name": name, **changed} if changed else name
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A configuration as a run file holds it; diffusers' own also keeps what others take."""
+    takes = inspect.signature(type(scheduler)).parameters
+    config = {key: plain(value) for key, value in scheduler.config.items() if key in takes}
+    return {key: NONE if value is None else value for key, value in config.items()}
 
 
 def plain(value: Any) -> Any:
@@ -142,23 +144,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, diffusers.SchedulerMixin):
-        takes = inspect.signature(type(value)).parameters
-        config = {k: _written(plain(v)) for k, v in value.config.items() if k in takes}
-        return {"name": short_name(type(value)), **config}
+        return {"name": short_name(type(value)), **_settings(value)}
     return value
-
-
-def _written(value: Any) -> Any:
-    return NONE if value is None else value
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or type(value) in (str, bool, int, float)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    both_nan = isinstance(one, float) and isinstance(other, float) and math.isnan(one + other)
-    return bool(one == other) or both_nan
 
 
 def short_name(scheduler: type[Any]) -> str:
@@ -184,7 +171,11 @@ def available() -> dict[str, type[Any]]:
     """Every scheduler that `StableDiffusionPipeline` accepts and that can be used here, by name."""
     classes = [getattr(diffusers, member.name) for member in KarrasDiffusionSchedulers]
     # Where a scheduler's own package is missing, diffusers puts a stand-in that is no scheduler.
-    return {short_name(c): c for c in classes if issubclass(c, diffusers.SchedulerMixin)}
+    return {short_name(c): c for c in classes if _is_scheduler(c)}
+
+
+def _is_scheduler(value: Any) -> TypeGuard[type[Any]]:
+    return inspect.isclass(value) and issubclass(value, diffusers.SchedulerMixin)
 
 
 def named(name: str) -> type[Any]:
@@ -200,11 +191,11 @@ def named(name: str) -> type[Any]:
         return choices[found[0]]
     if ":" in name:
         return _imported(name)
-    for other in dir(diffusers):  # those that its pipelines do not offer
-        if wanted and other.endswith("Scheduler") and _letters(other) == wanted:
-            found_class: type[Any] = getattr(diffusers, other)
-            if issubclass(found_class, diffusers.SchedulerMixin):
-                return found_class
+    # Those that its pipelines do not offer.
+    others = {_letters(n): n for n in dir(diffusers) if n.endswith("Scheduler")}
+    other = getattr(diffusers, others.get(wanted, ""), None)
+    if _is_scheduler(other):
+        return other
     raise unknown("scheduler", name, choices)
 
 
@@ -214,7 +205,7 @@ def _imported(name: str) -> type[Any]:
         scheduler = operator.attrgetter(attribute)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"no scheduler {name}: {error}") from error
-    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
+    if not _is_scheduler(scheduler):
         raise InputError(f"{name} is no scheduler: expected a class of diffusers' SchedulerMixin")
     return scheduler
 

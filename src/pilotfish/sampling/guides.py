@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +44,10 @@ class Guides:
         self._decode = run.model.decoder(run.decoder)
         self._disabled: set[str] = set()
         self._calls = stack.calls["loss_guidance"]
-        self._settings: dict[str, Any] = {
-            c.name: c.plugin.settings if isinstance(c.plugin, Guide) else Guide().settings
-            for c in self._calls
-        }
+        # A plugin that is no guide, and has a loss, acts as one of the usual settings.
+        guides = {c.name: c.plugin if isinstance(c.plugin, Guide) else Guide() for c in self._calls}
+        self._acts_at = {name: guide.acts_at for name, guide in guides.items()}
+        self._settings = {name: guide.settings for name, guide in guides.items()}
         self.regions = {
             name: read_region(stack.label(name), s.mask, s.soft_edge, s.mask_edge)
             for name, s in self._settings.items()
@@ -84,13 +84,12 @@ class Guides:
         if not self.preset.acts_at(index / num_steps):
             return []
         calls = [c for c in self._calls if c.name not in self._disabled]
-        always = {c.name for c in calls if not isinstance(c.plugin, Guide)}
-        return [c for c in calls if c.name in always or c.plugin.acts_at(index, num_steps)]
+        return [c for c in calls if self._acts_at[c.name](index, num_steps)]
 
     def repeats(self, index: int) -> int:
         """How often the step is taken: noise is put back only where a guide acts."""
-        guided = self.active(index)
-        return self.preset.repeats(index / self._schedule.num_steps) if guided else 1
+        progress = index / self._schedule.num_steps
+        return self.preset.repeats(progress) if self.active(index) else 1
 
     def through_network(self, guides: list[Call]) -> bool:
         """Whether any gradient goes on to the latents."""
@@ -103,8 +102,8 @@ class Guides:
 
     def move(
         self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None
-    ) -> Tensor | None:
-        """What the guides make of a step together; None if none answered. It keeps no graph then.
+    ) -> None:
+        """Move a step by what the guides make of it together. It keeps no graph then.
 
         Args:
             cond, uncond: the network's two predictions.
@@ -115,7 +114,7 @@ class Guides:
         offsets = self._offsets(state)
         graphs, pulls = self._pulls(state, guides, graph, offsets)
         if not pulls:
-            return None
+            return
 
         def descend(move: Tensor) -> tuple[list[SharedGraph], list[Pull]]:
             to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
@@ -125,16 +124,15 @@ class Guides:
         place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
         move = moves.combine(graphs, pulls, self.preset, place, descend)
         self._trace += self._records(state, pulls, move)
-        return move.value
+        self._apply(state, move.value)
 
-    def apply(self, state: StepState, move: Tensor) -> None:
+    def _apply(self, state: StepState, move: Tensor) -> None:
         """Move what the preset says."""
-        preset = self.preset
-        if preset.rule == "sphere":
+        if self.preset.rule == "sphere":
             state.direction = move
-        elif preset.applied_to == "latents":
+        elif self.preset.applied_to == "latents":
             state.latents = state.latents + move.to(state.latents.dtype)
-        elif preset.applied_to == "prediction":
+        elif self.preset.applied_to == "prediction":
             state.x0 = state.x0 + move
         else:
             state.after = move
@@ -208,18 +206,12 @@ class Guides:
     def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
         leaves, start, built = Leaves(graph), mark(graph.device), len(graph.spans)
-        try:
-            with torch.enable_grad():
-                view = {"step": Step(state, guide.name, leaves)}
-                loss = self._stack.call(guide, view, state.where)
-                if loss is None:
-                    return None
+        loss, gradients = None, {}
+        with self._tolerant(state, guide.name), torch.enable_grad():
+            loss = self._stack.call(guide, {"step": Step(state, guide.name, leaves)}, state.where)
+            if loss is not None:
                 gradients = leaf_gradients(loss, leaves, self._run.num_images)
-        except LossFault as fault:
-            self._blame(state, guide.name, str(fault))
-            return None
-        except PluginError as error:
-            self._tolerate(error, state, guide.name)
+        if not gradients:
             return None
         own, shared = (start, mark(graph.device)), graph.spans[built:]
         if region := self.regions.get(guide.name):
@@ -236,27 +228,28 @@ class Guides:
 
     def _is_finite(self, state: StepState, pulls: list[Pull]) -> bool:
         """Whether one guide's pulls are; if not, it is blamed for it."""
-        fault = next((fault for pull in pulls if (fault := pull.fault())), None)
-        if fault:
-            self._blame(state, pulls[0].name, fault)
-        return fault is None
+        faults = [fault for pull in pulls if (fault := pull.fault())]
+        with self._tolerant(state, pulls[0].name):
+            if faults:
+                raise LossFault(faults[0])
+        return not faults
 
-    def _blame(self, state: StepState, name: str, what: str) -> None:
-        """Deal with a fault of a guide's loss by `on_error`."""
+    @contextlib.contextmanager
+    def _tolerant(self, state: StepState, name: str) -> Iterator[None]:
+        """By `on_error`, a guide's failure is raised, or goes into the trace."""
         try:
-            self._stack.blame(name, "loss_guidance", what, state.where)
+            try:
+                yield
+            except LossFault as fault:
+                self._stack.blame(name, "loss_guidance", str(fault), state.where)
         except PluginError as error:
-            self._tolerate(error, state, name)
-
-    def _tolerate(self, error: PluginError, state: StepState, name: str) -> None:
-        """Raise, or write the guide's failure into the trace and go on without it."""
-        final = state.level is CLEAN  # what a report cannot tell must not cost the picture
-        if self._run.on_error == "raise" and not final:
-            raise error
-        if self._run.on_error == "disable":
-            self._disabled.add(name)
-        sigma = state.level.sigma
-        self._trace.append(Record(state.index, sigma, name, error=str(error), final=final))
+            final = state.level is CLEAN  # what a report cannot tell must not cost the picture
+            if self._run.on_error == "raise" and not final:
+                raise
+            if self._run.on_error == "disable":
+                self._disabled.add(name)
+            sigma = state.level.sigma
+            self._trace.append(Record(state.index, sigma, name, error=str(error), final=final))
 
     def _records(
         self, state: StepState, pulls: list[Pull], move: moves.Move | None = None
@@ -264,22 +257,15 @@ class Guides:
         """What each guide did at this step; without a move, what it says of the result."""
         if not pulls:
             return
-        rows = [torch.stack([p.loss, p.norm]) for p in pulls]  # (2, B) each
+        found = [torch.stack([torch.stack([p.loss, p.norm]) for p in pulls])]  # (k, 2, B)
         if move is not None:
-            between = cosines(pulls).permute(1, 2, 0).to(rows[0])  # (k, k, B)
-            outside = [self._outside(pull.name, move.value) for pull in pulls]
-            rows = [
-                torch.cat([row, share[None].to(row), leak[None].to(row), cosine])
-                for row, share, leak, cosine in zip(
-                    rows, move.shares, outside, between, strict=True
-                )
-            ]
+            outside = torch.stack([self._outside(pull.name, move.value) for pull in pulls])
+            found += [torch.stack([move.shares, outside], dim=1), cosines(pulls).permute(1, 2, 0)]
         # All numbers are read at once: a GPU must be waited for each time.
-        for pull, row in zip(pulls, torch.stack(rows).tolist(), strict=True):
+        rows = torch.cat([numbers.to(found[0]) for numbers in found], dim=1).tolist()
+        for pull, row in zip(pulls, rows, strict=True):
             loss, norm, *more = map(tuple, row)
-            share, leak, *found = more or ((), ())
-            others = zip(pulls, found, strict=False)
-            common = {o.name: c for o, c in others if o.gradients.keys() & pull.gradients.keys()}
+            share, leak, *between = more or ((), ())
             yield Record(
                 state.index,
                 state.level.sigma,
@@ -288,7 +274,11 @@ class Guides:
                 gradient_norm=norm,
                 share=share,
                 outside=leak if pull.name in self.regions else (),
-                cosine={name: cosine for name, cosine in common.items() if name != pull.name},
+                cosine={
+                    other.name: cosine
+                    for other, cosine in zip(pulls, between, strict=False)
+                    if other is not pull and other.gradients.keys() & pull.gradients.keys()
+                },
                 seconds=pull.seconds(),
                 repeat=state.repeat,
                 final=move is None,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import GuideWarning, NonFiniteError, PilotfishError
-from ..hooks.stack import Stack, tensor_problem
+from ..hooks.stack import Arguments, Stack, tensor_problem
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
 from ..runs.run import Run
@@ -36,7 +36,7 @@ class Sampling:
 
     Attributes:
         described: the run with everything resolved, without the model.
-        latents: (B, C, H, W), as the latest step left them, and `latest` that step.
+        latents: (B, C, H, W), as the latest step left them.
         final: the same at noise level zero, when the run is done.
     """
 
@@ -52,16 +52,12 @@ class Sampling:
         self.shape = self.model.latent_shape(height, width)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
-        self.schedule = Schedule(
-            self.model.new_scheduler(spec),
-            steps,
-            lambda scheduler, steps: self.model.set_timesteps(scheduler, steps, self.shape),
-        )
+        set_timesteps = partial(self.model.set_timesteps, shape=self.shape)
+        self.schedule = Schedule(self.model.new_scheduler(spec), steps, set_timesteps)
         self.num_steps = self.schedule.num_steps
         self.generators = Generators(self.run)
         self.guides = Guides(self.run, stack, self.schedule, self.generators, self.trace)
         self.latents: Tensor | None = None
-        self.latest: StepState | None = None
         self.final: Tensor | None = None
 
     @torch.no_grad()
@@ -80,9 +76,8 @@ class Sampling:
                         latents = self.guides.renoise(state)
                 latents = outside.held(self.advance(state))
                 self._check_finite(latents, state)
-                self.stack.notify("after_step", self._for_step(state), state.where)
-                latents = self._resampled(state, latents)
-                self.latents, self.latest = latents, state
+                self.stack.notify("after_step", state.arguments(), state.where)
+                self.latents = latents = self._resampled(state, latents)
                 yield Step(state)
                 if state.stopped:
                     latents = outside.held_x0(state.x0).to(latents.dtype)
@@ -93,20 +88,18 @@ class Sampling:
     @contextlib.contextmanager
     def _set_up(self) -> Iterator[None]:
         """All plugins set up; torn down whatever happens, and no error hides the first."""
-        first: BaseException | None = None
         try:
             self.stack.setup(self._for_run)
             yield
-        except BaseException as error:
-            first = error
-            raise
-        finally:
+        except BaseException as first:
             try:
                 self.stack.teardown(self._for_run)
             except PilotfishError as error:
-                if first is None or isinstance(first, GeneratorExit):
+                if isinstance(first, GeneratorExit):
                     raise
                 first.add_note(f"and at teardown: {error}")
+            raise
+        self.stack.teardown(self._for_run)
 
     def begin(self, index: int, latents: Tensor, repeat: int) -> StepState:
         """The step as the network will find it."""
@@ -129,9 +122,7 @@ class Sampling:
             state.latents = latents
             return {"step": Step(state, name)}
 
-        state.conditioning, state.both = self.prompts.conditioning(
-            lambda name: Step(state, name), state.where
-        )
+        state.conditioning, state.both = self.prompts.conditioning(state)
         state.latents = self.stack.chain(
             "before_step", state.latents, arguments, tensor_problem, state.where
         )
@@ -151,26 +142,26 @@ class Sampling:
             cond, uncond = self._network(state, both)
             state.output = self._combine(state, cond, uncond)
             if guides or self.stack.calls["on_predicted_x0"]:
-                state.x0 = self._chain("on_predicted_x0", state, "x0", state.x0)  # with its graph
+                state.x0 = self._chain("on_predicted_x0", state, state.arguments("x0"), state.x0)
         return cond.detach(), None if uncond is None else uncond.detach()
 
     def guide(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> None:
         """The active guides are asked; they move the state together."""
         if guides := self.guides.active(state.index):
-            move = self.guides.move(state, guides, cond, uncond)
-            if move is not None:
-                self.guides.apply(state, move)
+            self.guides.move(state, guides, cond, uncond)
 
     def advance(self, state: StepState) -> Tensor:
         """The next latents: a plugin's, or the scheduler's."""
-        latents: Tensor | None = self._first(
-            "advance", state, lambda new: tensor_problem(new, state.latents)
+        problem = partial(tensor_problem, old=state.latents)
+        latents: Tensor | None = self.stack.first(
+            "advance", state.arguments(), problem, state.where
         )
         if latents is not None:
             self.schedule.skip(state.index)
         elif state.direction is not None:
+            others = partial(seeded, self.run, TURN)
             latents = self.schedule.spherical_step(
-                state, self.generators.own, lambda: seeded(self.run, TURN), state.direction
+                state, self.generators.own, others, state.direction
             )
         else:
             latents = self.schedule.step(state, self.generators.own)
@@ -205,11 +196,9 @@ class Sampling:
         shape = (self.run.num_images, *self.shape)
         like = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         start = Start(self.schedule.order, self.generators.own, self.schedule)
-        answer = self.stack.first(
-            "start_latents",
-            lambda *_: {"run": self.run, "start": start},
-            lambda new: _start_problem(new, like, self.num_steps),
-        )
+        problem = partial(_start_problem, like=like, num_steps=self.num_steps)
+        arguments = {"run": self.run, "start": start}
+        answer = self.stack.first("start_latents", lambda *_: dict(arguments), problem)
         if answer is None:
             noise = self.model.noise(shape, self.generators.own, like.dtype).to(like.device)
             return noise * self.schedule.initial_scale, 0
@@ -242,12 +231,17 @@ class Sampling:
     def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
         scale = self.run.guidance_scale or 0.0
         begun = cond if uncond is None else self.model.combine(cond, uncond, scale)
-        both = {"cond": cond, "uncond": uncond}
-        return self._chain("combine_predictions", state, "prediction", begun, **both)
+        arguments = state.arguments("prediction", cond=cond, uncond=uncond)
+        return self._chain("combine_predictions", state, arguments, begun)
+
+    def _chain(self, hook: str, state: StepState, arguments: Arguments, value: Tensor) -> Tensor:
+        answer: Tensor = self.stack.chain(hook, value, arguments, tensor_problem, state.where)
+        return answer
 
     def _resampled(self, state: StepState, latents: Tensor) -> Tensor:
         """The latents, where a plugin says which images go on in whose place."""
-        answer = self._first("resample", state, lambda new: _indices_problem(new, len(latents)))
+        problem = partial(_indices_problem, count=len(latents))
+        answer = self.stack.first("resample", state.arguments(), problem, state.where)
         if answer is None:
             return latents
         indices = torch.as_tensor(answer).cpu()
@@ -267,36 +261,22 @@ class Sampling:
         if images.is_finite(latents):
             return
         cause = "No guide acted: the network's own output is not finite; try float32."
-        norms = [(max(r.gradient_norm), r) for r in self.trace if r.gradient_norm]
-        if here := [(norm, r.plugin) for norm, r in norms if r.index == state.index]:
-            norm, plugin = max(here)
+        here = [r for r in self.trace if r.gradient_norm and r.index == state.index]
+        if here:
+            norm, plugin = max((max(r.gradient_norm), r.plugin) for r in here)
             cause = f"The largest gradient came from {plugin!r}, norm {norm:.2g}; lower its scale."
         where = state.where.replace(" at", "after", 1)
         raise NonFiniteError(f"latents became non-finite {where}. {cause}")
 
-    def _first(self, hook: str, state: StepState, problem: Callable[[Any], str | None]) -> Any:
-        return self.stack.first(hook, self._for_step(state), problem, state.where)
-
-    def _chain(self, hook: str, state: StepState, key: str, value: Tensor, **more: Any) -> Tensor:
-        def arguments(name: str, value: Tensor) -> dict[str, Any]:
-            return {**more, key: value, "step": Step(state, name)}
-
-        answer: Tensor = self.stack.chain(hook, value, arguments, tensor_problem, state.where)
-        return answer
-
     def _for_run(self, *_: Any) -> dict[str, Any]:
         return {"run": self.run}
-
-    def _for_step(self, state: StepState) -> Callable[[str, Any], dict[str, Any]]:
-        return lambda name, _: {"step": Step(state, name)}
 
 
 def _start_problem(answer: Any, like: Tensor, num_steps: int) -> str | None:
     """What is wrong with a `start_latents`' answer."""
-    try:
-        latents, first = answer
-    except (TypeError, ValueError):
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
         return f"returned {type(answer).__name__}; expected (latents, index of the first step)"
+    latents, first = answer
     if problem := tensor_problem(latents, like):
         return problem
     if not isinstance(first, int) or not 0 <= first < num_steps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,13 +63,13 @@ class Outside:
     def __init__(self, sampling: Sampling) -> None:
         hard = {name for name, region in sampling.guides.regions.items() if region.hard}
         self._other: Sampling | None = None
-        self._steps: Iterator[Step] = iter(())
+        self._latest: Step | None = None
         if not hard:
             return
         if sampling.stack.calls["resample"]:
             raise InputError("mask_edge='hard' cannot go with a plugin that resamples images")
-        self._other = other = sampling.again(sampling.stack.without(hard))
-        self._steps = other.steps()
+        self._other = sampling.again(sampling.stack.without(hard))
+        self._steps: Generator[Step] = self._other.steps()
         masks = [sampling.guides.regions[name].of(sampling.shape[1:]) for name in hard]
         self._inside = (torch.stack(masks).amax(dim=0) > 0).to(sampling.model.device)
 
@@ -77,14 +77,12 @@ class Outside:
         """A step's result, with the other run's own outside."""
         if self._other is None:
             return latents
-        next(self._steps, None)
+        self._latest = next(self._steps, self._latest)
         return self._with(latents, self._other.latents)
 
     def held_x0(self, x0: Tensor) -> Tensor:
         """The same of what a run ends with that is ended early."""
-        if self._other is None or self._other.latest is None:
-            return x0
-        return self._with(x0, self._other.latest.x0)
+        return self._with(x0, self._latest.x0) if self._latest else x0
 
     def result(self, latents: Tensor) -> Tensor:
         """The run's latents, corrected for what the decoder makes of their neighbours outside."""
@@ -99,5 +97,5 @@ class Outside:
 
     def close(self) -> None:
         """End the other run."""
-        if isinstance(self._steps, Generator):
+        if self._other:
             self._steps.close()

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..errors import InputError, in_utf8
 from ..hooks.stack import Stack
 from ..models.protocol import Conditioning, Embedding, Role, TextEncoder
+from .step import Step, StepState
 
-View = Callable[[str], Any]  # the step as the plugin of that name sees it
+Encode = Callable[[str], Embedding]
 
 
 class Prompts:
@@ -29,24 +30,19 @@ class Prompts:
             "prompt_transform",
             run.prompt,
             lambda _, value: {"prompt": value, "run": run},
-            lambda new, _: _text_problem(new),
+            _text_problem,
         )
         self._texts: dict[Role, str] = {"positive": prompt, "negative": run.negative_prompt}
         words = collect_vocabulary(stack, run, run.model.text_encoders)
         self._encoders = [e.with_words(words[e.name]) for e in run.model.text_encoders]
         self._encoded: dict[tuple[str, Role, str], Embedding] = {}
         self._by_step = any("step" in c.arguments for c in stack.calls["embedding_transform"])
-        self._before = self._both(lambda _: None, "")
+        self._before = self._both(None)
         self.positive = self._before[0]
 
-    def conditioning(self, view: View, where: str) -> tuple[Conditioning, Conditioning]:
-        """The prompt's, and what the network gets at a step: negative first under guidance.
-
-        Args:
-            view: the step as the plugin of that name sees it; None before the first.
-            where: for error messages.
-        """
-        return self._both(view, where) if self._by_step else self._before
+    def conditioning(self, state: StepState) -> tuple[Conditioning, Conditioning]:
+        """The prompt's, and what the network gets at a step: negative first under guidance."""
+        return self._both(state) if self._by_step else self._before
 
     def of_text(self, text: str) -> Conditioning:
         """Another prompt's, with the plugins' words and their answers at stage "token"."""
@@ -55,17 +51,16 @@ class Prompts:
         embeddings = [self._encode(encoder, "positive", text) for encoder in self._encoders]
         return self._condition(embeddings, "positive")
 
-    def _both(self, view: View, where: str) -> tuple[Conditioning, Conditioning]:
-        positive = self._of_role("positive", view, where)
+    def _both(self, state: StepState | None) -> tuple[Conditioning, Conditioning]:
+        positive = self._of_role("positive", state)
         if not self._run.guided_by_prompt:
             return positive, positive
-        return positive, self._of_role("negative", view, where).cat(positive)
+        return positive, self._of_role("negative", state).cat(positive)
 
-    def _of_role(self, role: Role, view: View, where: str) -> Conditioning:
+    def _of_role(self, role: Role, state: StepState | None) -> Conditioning:
         text = self._texts[role]
         encodes = [partial(self._encode, encoder, role) for encoder in self._encoders]
-        found = [self._transformed(encode(text), view, where, encode) for encode in encodes]
-        return self._condition(found, role)
+        return self._condition([self._transformed(e(text), state, e) for e in encodes], role)
 
     def _condition(self, embeddings: Sequence[Embedding], role: Role) -> Conditioning:
         conditioning: Conditioning = self._run.model.condition(embeddings, role, self._run)
@@ -77,31 +72,29 @@ class Prompts:
         if key not in self._encoded:
             tokens = encoder.tokenize(text)
             plain = not (tokens.added or self._stack.calls["embedding_transform"])
-            self._encoded[key] = encoder.encode(
-                tokens, role, None if plain else lambda e: self._transformed(e, lambda _: None, "")
-            )
+            self._encoded[key] = encoder.encode(tokens, role, None if plain else self._transformed)
         return self._encoded[key]
 
     def _transformed(
-        self,
-        embedding: Embedding,
-        view: View,
-        where: str,
-        encode: Callable[[str], Embedding] | None = None,
+        self, embedding: Embedding, state: StepState | None = None, encode: Encode | None = None
     ) -> Embedding:
-        """After all plugins' `embedding_transform`."""
-        run = self._run
+        """After all plugins' `embedding_transform`; before the first step there is no state."""
+
+        def arguments(name: str, value: Embedding) -> dict[str, Any]:
+            step = Step(state, name) if state else None
+            return {"embedding": value, "run": self._run, "step": step, "encode": encode}
+
         answer: Embedding = self._stack.chain(
             "embedding_transform",
             embedding,
-            lambda name, old: {"embedding": old, "run": run, "step": view(name), "encode": encode},
-            lambda new, old: embedding_problem(new, old, run.num_images),
-            where,
+            arguments,
+            lambda new, old: embedding_problem(new, old, self._run.num_images),
+            state.where if state else "",
         )
         return answer
 
 
-def _text_problem(text: object) -> str | None:
+def _text_problem(text: object, _: object = None) -> str | None:
     if not isinstance(text, str):
         return f"returned {text!r}; expected text"
     try:

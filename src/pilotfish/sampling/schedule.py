@@ -20,6 +20,8 @@ from .generators import copied
 if TYPE_CHECKING:
     from .step import StepState
 
+Draws = list[torch.Generator]  # one for each image
+
 
 class Schedule:
     """A run's scheduler and the noise levels of its steps.
@@ -48,27 +50,24 @@ class Schedule:
         set_timesteps: Callable[[Any, int], None] = lambda s, n: s.set_timesteps(n),
     ) -> None:
         self._scheduler, self.name = scheduler, type(scheduler).__name__
+        self.order = int(getattr(scheduler, "order", 1))
         try:
             set_timesteps(scheduler, steps)
+            self.timesteps: Tensor = scheduler.timesteps
+            self.num_steps = len(self.timesteps)
+            keeps = any(hasattr(scheduler, n) for n in ("sample", "last_sample", "cur_sample"))
+            # Only what is taken once may be taken again: those keep latents from the step before.
+            self.can_repeat = self.num_steps == steps and not keeps
+            if self.num_steps > 1 and self.timesteps[0] == self.timesteps[1]:
+                self.begin_at(0)  # where it looks for its first timestep, it would find the second
+            self._check_range()
+            self.levels = self._levels()
         except PilotfishError:
             raise
         except Exception as error:  # whatever a scheduler makes of a number that it cannot take
             raise InputError(f"{self.name} cannot take {steps} steps: {error}") from error
-        self.timesteps: Tensor = scheduler.timesteps
-        self.num_steps = len(self.timesteps)
-        self.order = int(getattr(scheduler, "order", 1))
-        # What `step` takes beside the rest; eta = 0 as in StableDiffusionPipeline.
-        accepted = inspect.signature(scheduler.step).parameters
-        self._options = {k: v for k, v in (("eta", 0.0), ("generator", None)) if k in accepted}
-        keeps = any(hasattr(scheduler, n) for n in ("sample", "last_sample", "cur_sample"))
-        # Only what is taken once may be taken again: those keep latents from the step before.
-        self.can_repeat = self.num_steps == steps and not keeps
-        if self.num_steps > 1 and self.timesteps[0] == self.timesteps[1]:
-            self.begin_at(0)  # where it looks for its first timestep, it would find the second
-        self._check_range(steps)
-        self.levels = self._levels(steps)
 
-    def _levels(self, steps: int) -> tuple[NoiseLevel, ...]:
+    def _levels(self) -> tuple[NoiseLevel, ...]:
         """A table of all levels, so that one that is asked for ahead of time is the one that comes.
 
         A scheduler of two stages knows the second one's when it is there, and solvers may divide by
@@ -79,31 +78,26 @@ class Schedule:
         ahead, levels = copy.deepcopy(self._scheduler), []
         latents = torch.zeros(1, 1, 1, 1, device=self.timesteps.device)
         generators, finite = [torch.Generator().manual_seed(0)], self.num_steps > 0
-        try:
-            for index, timestep in enumerate(self.timesteps):
-                if hasattr(ahead, "scale_model_input"):
-                    ahead.scale_model_input(latents, timestep)
-                levels.append(noise_level(ahead, index))
-                after = self._step(ahead, latents, timestep, latents, generators)
-                finite = finite and bool(after.isfinite().all())
-        except PilotfishError:
-            raise
-        except Exception as error:  # whatever it makes of a number that it cannot take
-            raise InputError(f"{self.name} cannot take {steps} steps: {error}") from error
+        for index, timestep in enumerate(self.timesteps):
+            if hasattr(ahead, "scale_model_input"):
+                ahead.scale_model_input(latents, timestep)
+            levels.append(noise_level(ahead, index))
+            after = _step(ahead, generators, latents, timestep, latents)
+            finite = finite and bool(after.isfinite().all())
         if not finite:
-            raise InputError(
-                f"{self.name} cannot take {steps} steps as it is configured: it divides by zero "
-                "there. Take fewer steps, or another configuration"
+            raise ValueError(
+                "as it is configured, it divides by zero there. Take fewer steps, or another "
+                "configuration"
             )
         return tuple(levels)
 
-    def _check_range(self, steps: int) -> None:
+    def _check_range(self) -> None:
         known = len(getattr(self._scheduler, "alphas_cumprod", ()))
         most = float(self.timesteps.max()) if self.num_steps else 0.0
         if known and not hasattr(self._scheduler, "sigmas") and most >= known:
-            raise InputError(
-                f"{self.name} with {steps} steps asks for timestep {most:.0f}, and the "
-                f"model knows 0 to {known - 1}: take fewer steps, or timestep_spacing = 'trailing'"
+            raise ValueError(
+                f"it asks for timestep {most:.0f}, and the model knows 0 to {known - 1}. Take "
+                "fewer steps, or timestep_spacing = 'trailing'"
             )
 
     @property
@@ -118,20 +112,19 @@ class Schedule:
 
     def scaled(self, latents: Tensor, timestep: Any) -> Tensor:
         """Latents as the network takes them."""
-        if not hasattr(self._scheduler, "scale_model_input"):
-            return latents
-        result: Tensor = self._scheduler.scale_model_input(latents, timestep)
-        return result
+        if hasattr(self._scheduler, "scale_model_input"):
+            latents = self._scheduler.scale_model_input(latents, timestep)
+        return latents
 
     def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
         """Clean latents (B, C, H, W) with noise of the level of step `index`, as in diffusers."""
         self.begin_at(index)  # it looks there for the level
         timesteps = self.timesteps[index].repeat(len(x0))
         if hasattr(self._scheduler, "add_noise"):
-            latents: Tensor = self._scheduler.add_noise(x0, noise, timesteps)
+            x0 = self._scheduler.add_noise(x0, noise, timesteps)
         else:
-            latents = self._scheduler.scale_noise(x0, timesteps, noise)
-        return latents
+            x0 = self._scheduler.scale_noise(x0, timesteps, noise)
+        return x0
 
     def as_used(self, x0: Tensor) -> Tensor:
         """Predicted clean latents as the scheduler uses them: clipped where it clips."""
@@ -179,30 +172,12 @@ class Schedule:
             if name != "_internal_dict":
                 vars(self._scheduler)[name] = followed(value)
 
-    def step(self, state: StepState, generators: list[torch.Generator]) -> Tensor:
+    def step(self, state: StepState, generators: Draws) -> Tensor:
         """The next latents: `scheduler.step`."""
-        return self._step(self._scheduler, state.output, state.timestep, state.latents, generators)
-
-    def _step(
-        self,
-        scheduler: Any,
-        output: Any,
-        timestep: Any,
-        latents: Tensor,
-        generators: list[torch.Generator],
-    ) -> Tensor:
-        options: dict[str, Any] = dict(self._options)
-        if "generator" in options:
-            options["generator"] = generators if len(generators) > 1 else generators[0]
-        after: Tensor = scheduler.step(output, timestep, latents, **options, return_dict=False)[0]
-        return after
+        return _step(self._scheduler, generators, state.output, state.timestep, state.latents)
 
     def spherical_step(
-        self,
-        state: StepState,
-        generators: list[torch.Generator],
-        others: Callable[[], list[torch.Generator]],
-        direction: Tensor,
+        self, state: StepState, generators: Draws, others: Callable[[], Draws], direction: Tensor
     ) -> Tensor:
         """The scheduler's step with its noise turned towards a direction: the rule "sphere".
 
@@ -218,7 +193,7 @@ class Schedule:
         draws = [[copied(g) for g in generators], others()]
         noises = [draw(state.latents.shape, d, state.latents.dtype).to(direction) for d in draws]
         ahead = copy.deepcopy(self._scheduler)
-        other = self._step(ahead, state.output, state.timestep, state.latents, others())
+        other = _step(ahead, others(), state.output, state.timestep, state.latents)
         latents, other = self.step(state, generators), other.to(direction)
         deviation = rms(latents - other) / rms(noises[0] - noises[1])
         noise = deviation * noises[0]
@@ -230,6 +205,15 @@ class Schedule:
                 "another preset"
             )
         return moves.spherical(mean, noise, deviation, direction).to(latents.dtype)
+
+
+def _step(scheduler: Any, generators: Draws, *inputs: Any) -> Tensor:
+    """`scheduler.step` of output, timestep and latents; eta = 0 as in StableDiffusionPipeline."""
+    options = {"eta": 0.0, "generator": generators if len(generators) > 1 else generators[0]}
+    takes = inspect.signature(scheduler.step).parameters
+    taken = {name: value for name, value in options.items() if name in takes}
+    after: Tensor = scheduler.step(*inputs, **taken, return_dict=False)[0]
+    return after
 
 
 def _is_all(noise: Tensor, mean: Tensor, same: Tensor) -> bool:
@@ -250,7 +234,7 @@ class Start:
     """
 
     order: int
-    generator: list[torch.Generator]
+    generator: Draws
     _schedule: Schedule = field(repr=False)
 
     def noised(self, x0: Tensor, noise: Tensor, index: int) -> Tensor:
@@ -278,10 +262,14 @@ def noise_level(scheduler: Any, index: int) -> NoiseLevel:
     """
     alpha, sigma = _alpha_sigma(scheduler, index)
     prediction_type = "flow" if _is_flow(scheduler) else scheduler.config.prediction_type
-    if hasattr(scheduler, "precondition_outputs"):
-        skip, out = _edm(sigma, scheduler.config.sigma_data, prediction_type)
-        return NoiseLevel(alpha, sigma, skip, out, prediction_type)
-    return NoiseLevel.of(alpha, sigma, prediction_type)
+    if not hasattr(scheduler, "precondition_outputs"):
+        return NoiseLevel.of(alpha, sigma, prediction_type)
+    # Karras et al. 2022, arXiv 2206.00364, table 1.
+    data = scheduler.config.sigma_data
+    variance = sigma**2 + data**2
+    out = sigma * data / variance**0.5
+    signed = -out if prediction_type == "v_prediction" else out
+    return NoiseLevel(alpha, sigma, data**2 / variance, signed, prediction_type)
 
 
 def _alpha_sigma(scheduler: Any, index: int) -> tuple[float, float]:
@@ -302,32 +290,23 @@ def _alpha_sigma(scheduler: Any, index: int) -> tuple[float, float]:
 
 def _stage_sigma(scheduler: Any, index: int) -> float:
     """Sigma of the current stage: KDPM2 and DPM-Solver-SDE have their second stage in between."""
-    if getattr(scheduler, "state_in_first_order", True) or not (
-        hasattr(scheduler, "sigmas_interpol") or hasattr(scheduler, "mid_point_sigma")
-    ):
-        return float(scheduler.sigmas[index])
-    if hasattr(scheduler, "mid_point_sigma"):
+    second = not getattr(scheduler, "state_in_first_order", True)
+    if second and hasattr(scheduler, "mid_point_sigma"):
         return float(scheduler.mid_point_sigma)
-    ancestral = hasattr(scheduler, "sigmas_up")  # there the list starts one earlier
-    return float(scheduler.sigmas_interpol[index - 1 if ancestral else index])
+    if second and hasattr(scheduler, "sigmas_interpol"):
+        ancestral = hasattr(scheduler, "sigmas_up")  # there the list starts one earlier
+        return float(scheduler.sigmas_interpol[index - 1 if ancestral else index])
+    return float(scheduler.sigmas[index])
 
 
 def _is_flow(scheduler: Any) -> bool:
     """Whether the latents are a straight line from x0 to noise."""
     config = _own_config(scheduler)
-    if config.get("use_flow_sigmas", False):
-        return True
-    return not hasattr(scheduler, "alphas_cumprod") and "shift" in config
+    of_flows = "shift" in config and not hasattr(scheduler, "alphas_cumprod")
+    return of_flows or bool(config.get("use_flow_sigmas"))
 
 
 def _own_config(scheduler: Any) -> dict[str, Any]:
     """What the scheduler itself goes by: diffusers also keeps what its model's own one takes."""
     takes = inspect.signature(type(scheduler)).parameters
     return {key: value for key, value in scheduler.config.items() if key in takes}
-
-
-def _edm(sigma: float, sigma_data: float, prediction_type: str) -> tuple[float, float]:
-    """Karras et al. 2022, arXiv 2206.00364, table 1."""
-    variance = sigma**2 + sigma_data**2
-    sign = -1 if prediction_type == "v_prediction" else 1
-    return sigma_data**2 / variance, sign * sigma * sigma_data / variance**0.5

@@ -20,6 +20,9 @@ from ..runs.run import Run
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# What is put around one call of the network, or what makes it.
+Patch = AbstractContextManager[Any] | Callable[[], AbstractContextManager[Any]]
+
 
 @dataclass
 class StepState:
@@ -32,7 +35,7 @@ class StepState:
         as_used: predicted clean latents as the scheduler uses them.
         following: the level after this step.
         output: what the network answered, or would have for this x0.
-        network_latents, network_conditioning: what the network gets at its present call.
+        call: the latents and the conditioning that the network gets at its present call.
         repeat: how often this step has been taken before.
         after: what the guides add to the step's result.
         direction: where they turn the step's noise, under the rule "sphere".
@@ -51,8 +54,7 @@ class StepState:
     as_used: Callable[[Tensor], Tensor] = lambda x0: x0
     following: NoiseLevel = CLEAN
     output: Tensor | None = None
-    network_latents: Tensor | None = None
-    network_conditioning: Conditioning | None = None
+    call: tuple[Tensor, Conditioning] | None = None
     repeat: int = 0
     after: Tensor | None = None
     direction: Tensor | None = None
@@ -92,6 +94,10 @@ class StepState:
             with torch.no_grad():  # a stream's reader may have gradients on
                 self._views[name] = build(self.x0.detach())
         return self._views[name]
+
+    def arguments(self, key: str = "", **more: Any) -> Callable[[str, Any], dict[str, Any]]:
+        """What hooks may ask for: the step as each plugin sees it, and a chain's value as `key`."""
+        return lambda name, value: {**more, key: value, "step": Step(self, name)}
 
     def detach(self) -> None:
         """Let go of the graph."""
@@ -177,23 +183,20 @@ class Step:
     @property
     def x0(self) -> Tensor:
         """Predicted clean latents (B, C, H, W), float32."""
-        if self._leaves is not None:
-            return self._leaves("x0")
-        return self._state.x0.detach()
+        return self._leaves("x0") if self._leaves else self._state.x0.detach()
 
     @property
     def image(self) -> Tensor:
         """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
-        if self._leaves is not None:
-            return self._leaves("image")
-        return self._state.view("image", self.run.model.decoder(self.run.decoder))
+        return self._shown("image", lambda x0: self.run.model.decoder(self.run.decoder)(x0))
 
     @property
     def rgb(self) -> Tensor:
         """Linear estimate of the colours of x0 (B, 3, H, W) in about [0, 1], nearly free."""
-        if self._leaves is not None:
-            return self._leaves("rgb")
-        return self._state.view("rgb", self.run.model.rgb)
+        return self._shown("rgb", lambda x0: self.run.model.rgb(x0))
+
+    def _shown(self, name: str, build: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._leaves(name) if self._leaves else self._state.view(name, build)
 
     @property
     def embeddings(self) -> Tensor:
@@ -206,8 +209,7 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        latents: Tensor = self._known(self._state.network_latents, "network_latents")
-        return latents
+        return self._call("network_latents")[0]
 
     @property
     def conditioning(self) -> Conditioning:
@@ -215,20 +217,15 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        told: Conditioning = self._known(self._state.network_conditioning, "conditioning")
-        return told
+        return self._call("conditioning")[1]
 
-    def _known(self, value: Any, name: str) -> Any:
-        if value is None:
+    def _call(self, name: str) -> tuple[Tensor, Conditioning]:
+        if self._state.call is None:
             raise PilotfishError(f"step.{name} is known only when the network is called")
-        return value
+        return self._state.call
 
     def predict(
-        self,
-        conditioning: Conditioning | str | None = None,
-        patch: AbstractContextManager[Any]
-        | Callable[[], AbstractContextManager[Any]]
-        | None = None,
+        self, conditioning: Conditioning | str | None = None, patch: Patch | None = None
     ) -> Tensor:
         """One more prediction of the network at this step: (B, C, H, W), of its own kind.
 
