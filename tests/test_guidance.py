@@ -9,7 +9,14 @@ import torch
 from pilotfish import PRESETS, Guide, Sampler
 from pilotfish.guidance.gradients import Pull, leaf_gradients
 from pilotfish.guidance.graph import Leaves, SharedGraph
-from pilotfish.guidance.moves import CLEAN, Place, combine, prompt_pull
+from pilotfish.guidance.moves import (
+    CLEAN,
+    Place,
+    combine,
+    prompt_pull,
+    schedule,
+    spherical,
+)
 from pilotfish.guidance.noise import NoiseLevel
 
 LEVEL = NoiseLevel(0.6, 0.8, 1 / 0.6, -0.8 / 0.6, "epsilon")
@@ -311,3 +318,18 @@ def test_a_guide_that_answers_none_changes_nothing(latents_of):
             return None
 
     assert torch.equal(latents_of(Sometimes()), latents_of())
+
+
+def test_a_direction_turns_the_noise_at_most_all_the_way():
+    noise, direction = (torch.randn(1, 4, 8, 8, generator=generator(i)) for i in (0, 1))
+    direction = direction / direction.square().mean().sqrt()
+    deviation, mean = torch.full((1, 1, 1, 1), 0.5), torch.zeros_like(noise)
+    whole = spherical(mean, noise, deviation, direction)
+    torch.testing.assert_close(whole, 0.5 * direction)
+    torch.testing.assert_close(spherical(mean, noise, deviation, 3 * direction), whole)
+
+
+def test_a_schedule_of_strengths_is_finite_where_two_levels_hold_nothing_of_x0():
+    levels = [NoiseLevel.of(alpha, 1.0, "v_prediction") for alpha in (0.0, 0.0, 1.0)]
+    first, second, third = schedule(levels, "increase")  # abar: 0, 0, 1/2, and 1 at the end
+    assert (first, second, third) == pytest.approx((2.0, 0.0, 1.0))

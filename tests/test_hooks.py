@@ -361,3 +361,17 @@ def test_an_argument_that_a_hook_does_not_have_is_refused_with_those_it_has():
 
     with pytest.raises(PluginError, match=r"latents.*on_predicted_x0 takes: x0, step"):
         Stack([Wrong()])
+
+
+def test_a_plugins_own_latents_are_not_asked_for_gradients(sampler):
+    class Holds(Guide):
+        def before_step(self, step):
+            held.append(step.latents.clone())
+            return held[-1]
+
+        def loss_guidance(self, step):
+            return step.x0.mean(dim=(1, 2, 3))
+
+    held = []
+    sampler("a", plugins=[Holds(gradient="latents")], steps=2, seed=0)
+    assert not any(latents.requires_grad for latents in held)

@@ -173,3 +173,29 @@ def test_half_precision_is_computed_in_float32():
     level = NoiseLevel(0.6, 0.8, 1 / 0.6, -0.8 / 0.6, "epsilon")
     half = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
     assert level.x0(half, half).dtype == torch.float32
+
+
+def test_at_sigma_0_there_is_no_noise_and_x0_is_the_latents():
+    level = NoiseLevel.of(1.0, 0.0, "epsilon")
+    latents = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(level.x0(latents, torch.ones_like(latents)), latents)
+    assert torch.equal(level.eps(latents, latents + 1), torch.zeros_like(latents))
+
+
+def test_at_alpha_0_nothing_of_x0_is_in_the_latents():
+    level = NoiseLevel.of(0.0, 1.0, "v_prediction")
+    assert level.per_alpha == 0 and NoiseLevel.of(0.5, 0.5, "v_prediction").per_alpha == 2
+    noise = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    cleaner = torch.full_like(noise, 7.0)
+    # All of what was there is gone, whatever it was.
+    assert torch.equal(level.noised(cleaner, NoiseLevel.of(0.6, 0.8, "epsilon"), noise), noise)
+
+
+def test_a_schedule_whose_first_two_timesteps_are_one_begins_at_the_first(sampler):
+    """Where it looks for its first timestep it would find the second, and end one step too far."""
+    config = {"beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
+    run = {"steps": 20, "seed": 0, "guidance_scale": 1}
+    stream = sampler.stream("a", scheduler={"name": "dpmsolver-multistep", **config}, **run)
+    steps = [*stream]
+    assert steps[0].timestep == steps[1].timestep and len(steps) == 20
+    assert stream.result().latents.isfinite().all()

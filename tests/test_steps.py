@@ -13,6 +13,8 @@ import torch
 from pilotfish import PilotfishError, Plugin, Sampler
 from pilotfish.testing import GaussianModel
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 SCHEDULERS = [
     *("DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "HeunDiscrete"),
     *("EulerAncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "KDPM2Discrete"),

@@ -90,6 +90,18 @@ def test_every_preset_guides_and_stays_finite(latents_of, name, preset):
     assert not torch.equal(guided, latents_of(scheduler=name))
 
 
+@pytest.mark.parametrize("preset", ["deep-dive", "clip-guided", "balanced"])
+def test_rules_with_an_alpha_below_the_line_move_nothing_where_it_is_0_and_rms_does(
+    pipeline, preset
+):
+    run = {"steps": 4, "seed": 0, "scheduler": {"name": "ddim", **ZERO}, "preset": preset}
+    sampler = Sampler.from_pipeline(pipeline)
+    plain, guided = (next(sampler.stream("a", plugins=p, **run)) for p in ((), (Red(),)))
+    assert plain.alpha == 0
+    stays = torch.equal(plain.x0, guided.x0) and torch.equal(plain.latents, guided.latents)
+    assert stays == (preset != "balanced")
+
+
 @pytest.mark.parametrize("name", ["ddim", "euler"])
 @pytest.mark.parametrize(
     "plugin",

@@ -609,6 +609,7 @@ def test_settings_may_be_written_on_the_command_line(latents_of, use, plugin):
 # ---- in a run ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plugin", PLUGINS.values(), ids=PLUGINS)
 def test_plugins_keep_the_contract_of_plugins(sampler, plugin):
     check_plugin(plugin, sampler)

@@ -435,6 +435,7 @@ def test_following_the_gradient_reaches_a_picture_that_looks_the_same(sampler, v
     assert loss(guide, sampler, image).item() < 0.1 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "what", "cutouts"),
     [("vit", "text", 2), ("vit", "image", 0), ("resnet", "text", 0), ("resnet", "image", 2)],

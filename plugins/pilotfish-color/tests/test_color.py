@@ -293,6 +293,7 @@ def test_settings_survive_toml_also_without_the_picture(picture_file):
 # ---- in a run ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "guide",
     [

@@ -28,6 +28,7 @@ def sampler():
     return random_sampler()
 
 
+@pytest.mark.slow
 @parametrize_with_checks([*PLUGINS.values(), Img2Img(image=PICTURE, start_step=1), Optimize()])
 def test_plugins_keep_the_contract_of_plugins(plugin, check, random_sampler):
     check(plugin, random_sampler)

@@ -13,6 +13,8 @@ import pilotfish
 from pilotfish import Embedding, Guide, PilotfishError, Plugin, Setting, draw, hookimpl
 from pilotfish.testing import random_sampler
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 
 @pytest.fixture(scope="module")
 def sampler():

@@ -490,6 +490,7 @@ def test_an_unknown_class_is_refused_before_the_first_step(sampler, folder):
 # ---- in a run ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cutouts", [0, 2])
 def test_the_guide_keeps_the_contract_of_plugins(cutouts, sampler, folder):
     check_plugin(Classifier(label="fox", model=folder, cutouts=cutouts), sampler)

@@ -272,6 +272,7 @@ def test_settings_survive_toml():
 # ---- in a run ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["latent", "image"])
 @pytest.mark.parametrize("region", [None, [0, 0, 0.5, 0.7]])
 def test_the_guide_keeps_the_contract_of_plugins(space, region, sampler, picture_file):

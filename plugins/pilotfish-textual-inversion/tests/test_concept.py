@@ -118,6 +118,7 @@ def test_one_instance_serves_runs_that_interleave(sampler, ink):
         assert torch.equal(run.result().latents, alone)
 
 
+@pytest.mark.slow
 def test_a_concept_keeps_the_contract_of_plugins(sampler, ink):
     check_plugin(Concept(file=ink(3)), sampler, prompt="an <ink> cat")
 

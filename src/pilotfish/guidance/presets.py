@@ -104,8 +104,8 @@ class Preset:
 
 
 def within(progress: float, start: float, stop: float) -> bool:
-    """Whether a fraction of the run lies in a window: without its end, unless that is the run's."""
-    return start <= progress and (progress < stop or stop == 1)
+    """Whether a fraction of the run, below 1, lies in a window: without its end."""
+    return start <= progress < stop
 
 
 def _shipped() -> dict[str, Preset]:

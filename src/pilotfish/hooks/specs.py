@@ -7,7 +7,7 @@ use. Plugins run in the order in which the user listed them; nothing else decide
   It never changes a tensor in place.
 * **collect**: one answer from each plugin; `None` means "not now".
 * **first**: the first answer that is not `None` wins; the core's own answer comes last.
-* **notify**: returns nothing.
+* **notify**: returns nothing (`setup`: the plugin's state).
 
 Every hook may also take `state`: what the plugin's own `setup` returned in this run. One plugin can
 serve several runs at a time, so what belongs to a run is kept there, not in the plugin.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ def load(
             # The model's index alone: what cannot be used is not downloaded.
             place = {name: options[name] for name in PLACE if name in options}
             index = diffusers.DiffusionPipeline.load_config(target, **place)
-            family = family_of(str(index.get("_class_name", "")), f"model {str(model or target)!r}")
+            name = index.get("_class_name", "") if isinstance(index, Mapping) else ""
+            family = family_of(str(name), f"model {str(model or target)!r}")
             options = {"dtype": number_format, **family.pipeline_options, **options}
             pipeline = diffusers.DiffusionPipeline.from_pretrained(target, **options)
         except (OSError, ValueError) as error:
