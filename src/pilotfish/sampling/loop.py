@@ -123,9 +123,7 @@ class Sampling:
             return {"step": Step(state, name)}
 
         state.conditioning, state.both = self.prompts.conditioning(state)
-        state.latents = self.stack.chain(
-            "before_step", state.latents, arguments, tensor_problem, state.where
-        )
+        state.latents = self._chain("before_step", state, arguments, latents)
         return state
 
     def predict(self, state: StepState) -> tuple[Tensor, Tensor | None]:
@@ -152,7 +150,7 @@ class Sampling:
 
     def advance(self, state: StepState) -> Tensor:
         """The next latents: a plugin's, or the scheduler's."""
-        problem = partial(tensor_problem, old=state.latents)
+        problem, own = partial(tensor_problem, old=state.latents), self.generators.own
         latents: Tensor | None = self.stack.first(
             "advance", state.arguments(), problem, state.where
         )
@@ -160,11 +158,9 @@ class Sampling:
             self.schedule.skip(state.index)
         elif state.direction is not None:
             others = partial(seeded, self.run, TURN)
-            latents = self.schedule.spherical_step(
-                state, self.generators.own, others, state.direction
-            )
+            latents = self.schedule.spherical_step(state, own, others, state.direction)
         else:
-            latents = self.schedule.step(state, self.generators.own)
+            latents = self.schedule.step(state, own)
         return latents if state.after is None else latents + state.after.to(latents.dtype)
 
     @cached_property
@@ -261,8 +257,7 @@ class Sampling:
         if images.is_finite(latents):
             return
         cause = "No guide acted: the network's own output is not finite; try float32."
-        here = [r for r in self.trace if r.gradient_norm and r.index == state.index]
-        if here:
+        if here := [r for r in self.trace if r.gradient_norm and r.index == state.index]:
             norm, plugin = max((max(r.gradient_norm), r.plugin) for r in here)
             cause = f"The largest gradient came from {plugin!r}, norm {norm:.2g}; lower its scale."
         where = state.where.replace(" at", "after", 1)
