@@ -24,7 +24,9 @@ def model():
     pipeline = random_pipeline()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline.unet = diffusers.UNet2DConditionModel(cross_attention_dim=16).eval()
+        pipeline.unet = diffusers.UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=16
+        ).eval()
     assert sum(p.numel() for p in pipeline.unet.parameters()) > 800_000_000
     return Sampler.from_pipeline(pipeline).model
 

@@ -75,7 +75,7 @@ class StableDiffusion:
         self.device = torch.device(pipeline._execution_device)
         self.dtype = self.text_encoder.dtype
         self.factor = int(pipeline.vae_scale_factor)
-        side = self.unet.config.sample_size
+        side = self.unet.config.sample_size or 64  # as the first of this family had
         sides = (side, side) if isinstance(side, int) else side
         self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
         self._set_encoder()
