@@ -133,3 +133,14 @@ def test_dropout_is_drawn_again_as_it_was():
             return torch.autograd.grad(output.square().sum(), image)[0]
 
     torch.testing.assert_close(gradient(checkpointed(block)), gradient(block), rtol=0, atol=0)
+
+
+def test_a_hook_on_a_copy_is_not_on_the_original():
+    block = resnet.Downsample2D(4)
+    block.register_forward_hook(lambda *_: None)
+    own = own_copy(block)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        getattr(own, register)(lambda *_: None)
+    own.register_full_backward_hook(lambda *_: None)
+    assert (len(own._forward_hooks), len(block._forward_hooks)) == (2, 1)
+    assert not block._forward_pre_hooks and not block._backward_hooks

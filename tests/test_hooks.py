@@ -375,3 +375,16 @@ def test_a_plugins_own_latents_are_not_asked_for_gradients(sampler):
     held = []
     sampler("a", plugins=[Holds(gradient="latents")], steps=2, seed=0)
     assert not any(latents.requires_grad for latents in held)
+
+
+def test_a_picture_that_was_read_before_x0_changed_is_not_kept(sampler):
+    class Changes(Plugin):
+        def on_predicted_x0(self, x0, step):
+            seen.append(step.image)
+            return x0 + 1
+
+    seen = []
+    step = next(sampler.stream("a", plugins=[Changes()], steps=2, seed=0))
+    with torch.no_grad():
+        assert torch.equal(step.image, sampler.model.decode(step.x0))
+    assert not torch.equal(step.image, seen[0])

@@ -204,3 +204,22 @@ def test_a_setting_that_was_changed_after_it_was_made_counts(check):
     scheduler.register_to_config(use_karras_sigmas=True, solver_order=3)
     check(scheduler)
     assert not torch.equal(theirs(scheduler), plain)
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM"])
+def test_a_scheduler_by_name_does_not_clip_where_the_models_own_says_nothing_of_it(name):
+    """Their class's own default is to clip, and latents are no pixels."""
+    pipeline = random_pipeline()
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        {k: v for k, v in pipeline.scheduler.config.items() if k != "clip_sample"}
+    )
+    assert "clip_sample" not in pipeline.scheduler.config
+    run = {"steps": 3, "seed": 0, "scheduler": name.lower()}
+    ours = Sampler.from_pipeline(pipeline)("a red cat", **run).latents
+    kind = getattr(diffusers, f"{name}Scheduler")
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, clip_sample=False)
+    theirs = pipeline(
+        "a red cat", num_inference_steps=3, output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert torch.equal(ours, theirs)

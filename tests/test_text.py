@@ -280,3 +280,14 @@ def test_an_error_at_a_later_step_names_the_step(sampler):
 
     with pytest.raises(PluginError, match="'Bad': .*RuntimeError: no at step 2 of 4"):
         sampler("a cat", plugins=[Bad()], steps=4)
+
+
+def test_an_embedding_for_another_number_of_images_is_refused(sampler):
+    class Two(Plugin):
+        def embedding_transform(self, embedding):
+            if embedding.stage == "prompt":
+                return replace(embedding, values=embedding.values.expand(2, -1, -1))
+
+    assert sampler("a cat", plugins=[Two()], steps=1, num_images=2).latents.isfinite().all()
+    with pytest.raises(PluginError, match=r"'Two': .*shape \(2, 77, 16\)"):
+        sampler("a cat", plugins=[Two()], steps=1, num_images=3)
