@@ -10,6 +10,8 @@ import torch
 from pilotfish import Guide, Sampler, draw
 from pilotfish.testing import random_pipeline
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

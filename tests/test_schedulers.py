@@ -11,6 +11,8 @@ import torch
 from pilotfish import InputError, Run, Sampler
 from pilotfish.testing import random_pipeline
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 BETAS = np.linspace(1e-4, 2e-2, 1000, dtype=np.float32)
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KARRAS = [

@@ -9,6 +9,8 @@ import torch
 from pilotfish import PRESETS, Guide, InputError, PilotfishError, Sampler
 from pilotfish.testing import GaussianModel, random_pipeline, random_sampler
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 KINDS = {
     "ddim": diffusers.DDIMScheduler,
     "ddpm": diffusers.DDPMScheduler,

@@ -17,6 +17,8 @@ mend_torchvision()
 import diffusers  # noqa: E402
 from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 # All that the pipeline accepts and that can be used here; a stand-in says what is not installed.
 SCHEDULERS = sorted(
     member.name

@@ -13,6 +13,8 @@ import pilotfish
 from pilotfish import Guide, Plugin, Sampler, SettingsError
 from pilotfish.testing import GaussianModel, random_sampler
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 PROMPT = "a red cat"
 EULER = {"lr": 1, "momentum": 0, "tolerance": 0}
 KINDS = {

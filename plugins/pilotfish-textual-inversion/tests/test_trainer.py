@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from pilotfish import InputError, ModelError, NonFiniteError, Sampler
 from pilotfish.testing import random_pipeline, random_sampler
 
+pytestmark = pytest.mark.slow  # each is short, together they are not
+
 PLAN = Plan(token="<ink>", init="cat", steps=6, batch=2, every=3)
 
 
