@@ -143,13 +143,8 @@ class StableDiffusion:
         self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any
     ) -> Tensor:
         """The UNet's output."""
-        output: Tensor = self.unet(
-            latents,
-            timestep,
-            encoder_hidden_states=conditioning["values"],
-            return_dict=False,
-            **inputs,
-        )[0]
+        values = conditioning["values"]
+        output: Tensor = self.unet(latents, timestep, values, return_dict=False, **inputs)[0]
         return output
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
