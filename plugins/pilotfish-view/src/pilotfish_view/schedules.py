@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 import pilotfish
-from pilotfish import PilotfishError
 
 from .layout import Shown
+from .plots import new_figure, rendered
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,7 @@ class Schedule(Shown):
         Raises:
             PilotfishError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise PilotfishError(
-                "a plot needs matplotlib: pip install 'pilotfish-view[plot]'"
-            ) from error
-        figure = Figure(figsize=(8, 6), layout="constrained")
+        figure = new_figure(height=6)
         levels, timesteps = figure.subplots(2, 1, sharex=True)
         levels.plot(self.sigmas, marker=".", label="sigma: how much noise")
         levels.plot(self.alphas, marker=".", label="alpha: how much picture")
@@ -61,9 +55,7 @@ class Schedule(Shown):
         timesteps.plot(self.timesteps, marker=".", color="gray")
         timesteps.set(ylabel="timestep", xlabel="step", ylim=(0, None))
         figure.suptitle(f"{self.name}, {len(self)} steps")
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=100)
-        return Image.open(file)
+        return rendered(figure)
 
 
 def schedule(scheduler: Any, steps: int = 50) -> Schedule:

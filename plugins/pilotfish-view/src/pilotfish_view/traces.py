@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from pilotfish import InputError
 
-from pilotfish import InputError, PilotfishError
+from .plots import new_figure, rendered
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from pilotfish import Trace
 
 
@@ -20,15 +21,9 @@ def losses(trace: Trace) -> Image.Image:
         InputError: nothing was traced.
         PilotfishError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PilotfishError(
-            "a plot needs matplotlib: pip install 'pilotfish-view[plot]'"
-        ) from error
+    figure = new_figure(height=5)
     if not trace:
         raise InputError("the trace is empty: no guide acted in this run")
-    figure = Figure(figsize=(8, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for plugin in trace.plugins:
         records = [r for r in trace.of(plugin) if r.loss and not r.final]
@@ -38,6 +33,4 @@ def losses(trace: Trace) -> Image.Image:
     above.set_ylabel("loss")
     above.legend()
     below.set(ylabel="share of the move", xlabel="step", ylim=(0, 1.05))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return Image.open(file)
+    return rendered(figure)
