@@ -12,6 +12,14 @@ def pipeline():
 
 
 @pytest.fixture(scope="session")
+def model(pipeline, tmp_path_factory):
+    """Its folder, as `--model` takes it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def sampler(pipeline):
     return Sampler.from_pipeline(pipeline)
 

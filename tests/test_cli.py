@@ -79,15 +79,6 @@ class Torn(Guide):
 '''
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from pilotfish.testing import random_pipeline
-
-    folder = tmp_path_factory.mktemp("tiny")
-    random_pipeline().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test runs in a folder of its own, with my_loss.py in it and nothing installed."""

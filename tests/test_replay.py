@@ -26,15 +26,6 @@ class Cheap(Guide):
 '''
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    from pilotfish.testing import random_pipeline
-
-    folder = tmp_path_factory.mktemp("tiny")
-    random_pipeline().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     (tmp_path / "my_loss.py").write_text(MY_LOSS)
