@@ -121,9 +121,12 @@ class Stack:
     def call(self, call: Call, values: dict[str, Any], where: str = "") -> Any:
         """One plugin's answer; whatever it raises names the plugin, the hook and the step."""
         values["state"] = self._states.get(call.name)
-        what = f"{self.label(call.name)}: {call.hook}() raised"
-        with foreign(what, call.name, call.hook, where):
+        try:
             return call(values)
+        except (Exception, SystemExit):  # told only now: a step calls many hooks
+            what = f"{self.label(call.name)}: {call.hook}() raised"
+            with foreign(what, call.name, call.hook, where):
+                raise
 
     def setup(self, arguments: Arguments) -> None:
         """Set all up, in order; what each answers is its state."""

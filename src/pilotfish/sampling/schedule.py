@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Schedule:
         set_timesteps: Callable[[Any, int], None] = lambda s, n: s.set_timesteps(n),
     ) -> None:
         self._scheduler, self.name = scheduler, type(scheduler).__name__
+        self._config = _own_config(scheduler)
         self.order = int(getattr(scheduler, "order", 1))
         try:
             set_timesteps(scheduler, steps)
@@ -128,7 +130,7 @@ class Schedule:
 
     def as_used(self, x0: Tensor) -> Tensor:
         """Predicted clean latents as the scheduler uses them: clipped where it clips."""
-        config = _own_config(self._scheduler)
+        config = self._config
         if config.get("thresholding"):
             x0 = self._scheduler._threshold_sample(x0)
         elif config.get("clip_sample"):
@@ -210,7 +212,7 @@ class Schedule:
 def _step(scheduler: Any, generators: Draws, *inputs: Any) -> Tensor:
     """`scheduler.step` of output, timestep and latents; eta = 0 as in StableDiffusionPipeline."""
     options = {"eta": 0.0, "generator": generators if len(generators) > 1 else generators[0]}
-    takes = inspect.signature(scheduler.step).parameters
+    takes = _arguments(scheduler.__class__.step)
     taken = {name: value for name, value in options.items() if name in takes}
     after: Tensor = scheduler.step(*inputs, **taken, return_dict=False)[0]
     return after
@@ -308,5 +310,10 @@ def _is_flow(scheduler: Any) -> bool:
 
 def _own_config(scheduler: Any) -> dict[str, Any]:
     """What the scheduler itself goes by: diffusers also keeps what its model's own one takes."""
-    takes = inspect.signature(type(scheduler)).parameters
+    takes = _arguments(scheduler.__class__)
     return {key: value for key, value in scheduler.config.items() if key in takes}
+
+
+@functools.cache  # each step asks, and finding out takes longer than a scheduler's step
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
