@@ -22,7 +22,7 @@ PROMPTS = {
     "rocket": "a rocket on a red background",
 }
 PALETTE = {"use": "palette", "colors": ["#14213d", "#fca311", "#e5e5e5"]}
-RUN = {"steps": 25, "scheduler": "ddim", "guidance_scale": 4, "num_images": 4, "seed": 100}
+RUN = {"steps": 25, "scheduler": "ddim", "guidance_scale": 4, "num_images": 2, "seed": 100}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def sampler():
 
 @pytest.fixture(scope="module")
 def plain(sampler):
-    """16 unguided pictures' latents, four seeds of each prompt."""
+    """Eight unguided pictures' latents, two seeds of each prompt."""
     return {name: sampler(prompt, **RUN).latents for name, prompt in PROMPTS.items()}
 
 
@@ -57,7 +57,7 @@ def test_at_the_default_scale_a_colour_guide_halves_its_loss_and_keeps_the_objec
             verdict = judge.judge(sampler.model.decode(latents).clamp(0, 1))
         kept += sum(found == name for found, *_ in verdict.names)
     assert torch.cat(after).mean() <= 0.5 * torch.cat(before).mean()
-    assert kept >= 0.85 * 16  # benchmarks/quality.py has 64 prompts
+    assert kept >= 0.85 * 8  # benchmarks/quality.py has 64 prompts
 
 
 @pytest.mark.parametrize("guide", ["blue", PALETTE], ids=["blue", "palette"])
@@ -66,7 +66,7 @@ def test_a_batch_of_four_equals_four_single_runs_within_1e_4(guide):
     # which differs with the batch's size and the processor (docs/guidance.md).
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None)
     exact = Sampler.from_pipeline(pipeline.to(dtype=torch.float64))
-    run = {"steps": 10, "plugins": [guide], "scheduler": "euler-ancestral"}
+    run = {"steps": 5, "plugins": [guide], "scheduler": "euler-ancestral"}
     batch = exact(CAMPFIRE, seed=5, num_images=4, **run).latents
     singles = [exact(CAMPFIRE, seed=5 + i, **run).latents for i in range(4)]
     torch.testing.assert_close(batch, torch.cat(singles), atol=1e-4, rtol=0)
