@@ -250,12 +250,15 @@ def test_wrong_settings_say_what_was_expected_and_what_came(settings, message):
         ({"preset": "balancd"}, "no preset called 'balancd'. Did you mean 'balanced'"),
         (
             {"height": 33},
-            "height must be a multiple of 2, the VAE's factor; got 33. Nearest: 32 or 34",
+            "height must be a multiple of 2 for this model; got 33. Nearest: 32 or 34",
         ),
         ({"on_error": "ignore"}, "on_error must be 'raise', 'skip' or 'disable'; got 'ignore'"),
         ({"num_images": -1}, "num_images must be a whole number >= 1"),
         ({"seed": "x"}, "seed must be a whole number >= 0; got 'x'"),
-        ({"negative_prompt": None}, "negative_prompt must be text; got None"),
+        (
+            {"negative_prompt": None},
+            "negative_prompt must be text, or .*; got None",
+        ),
         ({"plugins": "blue"}, "plugins must be a list; got 'blue'"),
         ({"plugins": ["blu:e"]}, "expected setting=value|no plugin|does not import"),
     ],
@@ -290,7 +293,7 @@ def test_x0_before_the_network_has_run_says_so(sampler):
 def test_another_kind_of_pipeline_is_refused():
     with pytest.raises(
         pilotfish.ModelError,
-        match="this pipeline is a dict, and no .* Families: StableDiffusionPipeline",
+        match="this pipeline is a dict, and no .* Families: .*StableDiffusionPipeline",
     ):
         Sampler.from_pipeline({})
 

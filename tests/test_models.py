@@ -12,10 +12,10 @@ from pilotfish.models.protocol import Conditioning, Defaults
 from pilotfish.testing import GaussianModel, random_pipeline
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionXLPipeline", "NobodysPipeline"])
+@pytest.mark.parametrize("name", ["AuraFlowPipeline", "NobodysPipeline"])
 def test_a_family_that_is_not_here_is_refused_by_name_before_anything_is_read(tmp_path, name):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-    with pytest.raises(ModelError, match=f"is a {name}, .*Families: StableDiffusionPipeline"):
+    with pytest.raises(ModelError, match=f"is a {name}, .*Families: .*StableDiffusionPipeline"):
         pilotfish.load(tmp_path)
 
 

@@ -17,7 +17,7 @@ from ..runs.run import KEYS, unknown_key
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
 TEXT_KEYS = {
-    *("model", "dtype", "preset"),
+    *("model", "dtype", "preset", "prompt", "negative_prompt"),
     *(n for n, f in KEYS.items() if f.annotation is str or get_origin(f.annotation) is Literal),
 }
 

@@ -56,12 +56,14 @@ class Tokens:
         pieces: the T tokens as the tokenizer writes them.
         used: how many there are before the padding.
         added: vectors (D,) of words that plugins added, by position.
+        mask: (1, T), 1 where there is no padding.
     """
 
     ids: Tensor
     pieces: tuple[str, ...]
     used: int
     added: Mapping[int, Tensor]
+    mask: Tensor
 
 
 OnToken = Callable[[Embedding], Embedding]
@@ -98,8 +100,11 @@ class TextEncoder(Protocol):
             InputError: it knows one of them already.
         """
 
-    def tokenize(self, text: str) -> Tokens:
+    def tokenize(self, text: str, length: int | None = None) -> Tokens:
         """A text's tokens, cut to `length`.
+
+        Args:
+            length: the run's `max_sequence_length`; an encoder of one length does not heed it.
 
         Warns:
             UserWarning: words were dropped; names them.
@@ -168,6 +173,7 @@ class Defaults:
     Attributes:
         height, width: in pixels.
         scheduler: see `Run.scheduler`; None is the model's own.
+        true_cfg_scale, max_sequence_length: None where the pipeline takes no such thing.
     """
 
     steps: int
@@ -175,6 +181,8 @@ class Defaults:
     height: int
     width: int
     scheduler: Any = None
+    true_cfg_scale: float | None = None
+    max_sequence_length: int | None = None
 
     @classmethod
     def of(cls, pipeline: Any, folder: Path | None, height: int, width: int) -> Defaults:
@@ -184,8 +192,8 @@ class Defaults:
             ModelError: that file is not TOML, or has another key.
         """
         takes = inspect.signature(type(pipeline).__call__).parameters
-        steps, scale = (takes[n].default for n in ("num_inference_steps", "guidance_scale"))
-        values = {"steps": steps, "guidance_scale": scale, "height": height, "width": width}
+        values = {n: takes[n].default for n in cls.__dataclass_fields__ if n in takes}
+        values |= {"steps": takes["num_inference_steps"].default, "height": height, "width": width}
         file = folder / "pilotfish.toml" if folder else None
         try:
             text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
@@ -203,6 +211,9 @@ class LatentDiffusion(Protocol):
         folder: where it lies on this disk, if it does.
         factor: pixels of the picture for each cell of the latents, along a side.
         guidance: "cfg": by two predictions; "embedded": told to the network.
+        together: whether the family's pipeline makes both predictions in one call of the network;
+            otherwise first that for the prompt.
+        latents_dtype: the number format in which the family's pipeline keeps latents.
         denoiser: the module that patches hold on to.
         sites: the denoiser's attention, in order.
     """
@@ -215,6 +226,10 @@ class LatentDiffusion(Protocol):
     defaults: Defaults
     factor: int
     guidance: frozenset[str]
+    together: bool
+
+    @property
+    def latents_dtype(self) -> torch.dtype: ...
 
     @property
     def denoiser(self) -> Any: ...
@@ -248,6 +263,9 @@ class LatentDiffusion(Protocol):
         Args:
             inputs: further keyword arguments of the network.
         """
+
+    def cfg_scale(self, run: Any) -> float | None:
+        """The scale of a run's classifier-free guidance; None where there is none."""
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance as the family's pipeline does it."""

@@ -25,19 +25,23 @@ from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 NONE = "none"  # TOML has no null
 
 
-def new(spec: Any, own: Any) -> Any:
+def new(spec: Any, own: Any, flow: bool = False) -> Any:
     """A fresh scheduler, made from a configuration; nothing is shared with another run.
 
     Args:
+        flow: whether it is for a network that predicts the velocity of a flow.
         spec: None for the model's own, a short name ("lms"), a class name of diffusers or
             `module:Class`, a scheduler of diffusers' kind, or a mapping with `name` and
             configuration.
 
     Raises:
-        InputError: there is no such scheduler, it cannot be made so, or its own package is missing.
+        InputError: there is no such scheduler, it cannot be made so, its own package is missing, or
+            it knows no flows.
     """
     spec = own if spec is None else spec
     if isinstance(spec, diffusers.SchedulerMixin):
+        if flow:
+            _flow_settings(type(spec), own, spec.config.get("use_flow_sigmas"))
         return _same(spec)
     if not isinstance(spec, str | Mapping):
         raise InputError(f"scheduler must be a name or a diffusers scheduler; got {spec!r}")
@@ -45,6 +49,8 @@ def new(spec: Any, own: Any) -> Any:
     scheduler = named(config.pop("name", ""))
     config = {key: _given(value, own) for key, value in config.items()}
     takes = inspect.signature(scheduler).parameters
+    if flow:
+        config = {**_flow_settings(scheduler, own), **config}
     if wrong := sorted(config.keys() - takes.keys()):
         raise unknown(f"setting of the scheduler {short_name(scheduler)}", wrong[0], takes)
     if "clip_sample" in takes:
@@ -53,6 +59,40 @@ def new(spec: Any, own: Any) -> Any:
     made = _made(scheduler, own.config, config)
     plain_types = (str, bool, int, float, type(None))
     return made if all(type(value) in plain_types for value in config.values()) else _same(made)
+
+
+def _flow_settings(scheduler: type[Any], own: Any, used: bool | None = True) -> dict[str, Any]:
+    """What lets a scheduler go along a flow.
+
+    Args:
+        used: whether it is asked to.
+
+    Raises:
+        InputError: it knows none.
+    """
+    if scheduler.__name__.startswith("FlowMatch"):
+        return {}
+    if not used or "use_flow_sigmas" not in inspect.signature(scheduler).parameters:
+        raise InputError(
+            f"the scheduler {short_name(scheduler)} does not go along a flow, as this model does; "
+            "use flowmatch-euler, flowmatch-heun, flowmatch-lcm, unipc or dpmsolver-multistep (in "
+            "Python with use_flow_sigmas=True)"
+        )
+    shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return {**flow, "flow_shift": shift}
+
+
+def linear_shift(config: Mapping[str, Any], tokens: int, most: float = 1.15) -> float:
+    """`mu` of so many image tokens: a line through the configuration's two points.
+
+    Args:
+        most: `max_shift` where the configuration says none.
+    """
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    least, most = config.get("base_shift", 0.5), config.get("max_shift", most)
+    slope = (most - least) / (many - few)
+    return float(tokens * slope + (least - slope * few))
 
 
 def _given(value: Any, own: Any) -> Any:
@@ -115,13 +155,13 @@ def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def describe(spec: Any, own: Any) -> str | dict[str, Any]:
+def describe(spec: Any, own: Any, flow: bool = False) -> str | dict[str, Any]:
     """A scheduler as a run file holds it: its name, and what differs from the model's."""
     if spec is None or isinstance(spec, str):
         return short_name(type(own) if spec is None else named(spec))
-    scheduler = new(spec, own)
+    scheduler = new(spec, own, flow)
     name = short_name(type(scheduler))
-    usual = _settings(new(name, own))
+    usual = _settings(new(name, own, flow))
     # By what is written, in which NaN equals itself.
     changed = {k: v for k, v in _settings(scheduler).items() if repr(v) != repr(usual.get(k))}
     return {"name": name, **changed} if changed else name

@@ -31,7 +31,9 @@ _CALLED = {  # what it is here, and what other programs call it
     "result.images and result.latents": "output_type",
 }
 ELSEWHERE = {other: here for here, others in _CALLED.items() for other in others.split()}
-OPEN = ("steps", "guidance_scale", "scheduler", "height", "width")  # None is the model's own
+# None is the model's own.
+OWN = ("true_cfg_scale", "max_sequence_length")  # which not every family's pipeline takes
+OPEN = ("steps", "guidance_scale", "scheduler", "height", "width", *OWN)
 
 
 def _must_be(expected: str, holds: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -49,6 +51,10 @@ def _whole(least: int) -> Callable[[Any], Any]:
     return _must_be(f"a whole number >= {least}", lambda v: isinstance(v, int) and v >= least)
 
 
+def _all_text(table: Mapping[Any, Any]) -> bool:
+    return bool(table) and all(isinstance(t, str) for pair in table.items() for t in pair)
+
+
 def _drawn(seed: Any) -> Any:
     return secrets.randbelow(2**32) if seed is None else seed
 
@@ -57,10 +63,15 @@ _finite = _must_be(
     "a finite number >= 0 (1.0 switches guidance off)",
     lambda v: isinstance(v, int | float) and 0 <= v < 1e300,
 )
+_texts = _must_be(
+    'text, or a text for each text encoder: {"text_encoder": ..., "text_encoder_2": ...}',
+    lambda v: isinstance(v, str) or (isinstance(v, Mapping) and _all_text(v)),
+)
 _decoder = _must_be(
     "vae, linear, tiny (the tiny_vae/ of the model's folder) or tiny:FOLDER_OR_HUB_ID",
     lambda v: isinstance(v, str) and re.fullmatch("(?s)vae|linear|tiny(:.+)?", v),
 )
+Prompt = Annotated[str | dict[str, str], BeforeValidator(_texts)]
 MODELS = "the model's"
 Count = Annotated[int, BeforeValidator(_whole(1))]
 
@@ -95,13 +106,26 @@ class Run(pydantic.BaseModel):
         frozen=True, extra="forbid", validate_default=True, protected_namespaces=()
     )
 
-    prompt: str = _key("", "what the picture shows")
-    negative_prompt: str = _key(
+    prompt: Prompt = _key(
+        "",
+        "what the picture shows; in Python and run files also a text for each text encoder",
+        "TEXT",
+    )
+    negative_prompt: Prompt = _key(
         "", "what the picture should not show; counts only with guidance", "TEXT"
     )
     steps: Count | None = _key(None, "sampling steps", none=MODELS)
     guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = _key(
         None, "classifier-free guidance, as diffusers has it; 1 or less is off", none=MODELS
+    )
+    true_cfg_scale: Annotated[float, BeforeValidator(_finite)] | None = _key(
+        None,
+        "classifier-free guidance where guidance_scale is told to the network, as FLUX.1 and "
+        "Qwen-Image have it; needs a negative prompt",
+        none=MODELS,
+    )
+    max_sequence_length: Count | None = _key(
+        None, "tokens that a long text encoder takes (T5 and others, not CLIP)", none=MODELS
     )
     scheduler: Any = _key(
         None,
@@ -169,13 +193,17 @@ class Run(pydantic.BaseModel):
         return run
 
     @property
-    def guided_by_prompt(self) -> bool:
-        """Whether classifier-free guidance is on."""
-        return (self.guidance_scale or 0) > 1
+    def cfg_scale(self) -> float | None:
+        """The scale of classifier-free guidance, by the model's family; None without."""
+        scale: float | None = self._model.cfg_scale(self)
+        return scale
 
     def resolved(self, model: Any, plugins: tuple[Mapping[str, Any], ...]) -> Run:
         """The run with everything resolved that the user left open."""
         found = {key: getattr(self, key) for key in OPEN}
+        for key in OWN:
+            if found[key] is not None and getattr(model.defaults, key) is None:
+                raise InputError(f"{key} means nothing to this model: its pipeline takes none")
         found |= {key: getattr(model.defaults, key) for key in OPEN if found[key] is None}
         found["scheduler"] = model.describe_scheduler(found["scheduler"])
         model.latent_shape(found["height"], found["width"])

@@ -120,7 +120,7 @@ class Guides:
             to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
             return self._pulls(state, to_x0, graph.shifted(move), offsets)
 
-        pull = moves.prompt_pull(state.level, cond, uncond, self._run.guidance_scale or 0.0)
+        pull = moves.prompt_pull(state.level, cond, uncond, self._run.cfg_scale or 0.0)
         place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
         move = moves.combine(graphs, pulls, self.preset, place, descend)
         self._trace += self._records(state, pulls, move)
@@ -164,7 +164,7 @@ class Guides:
         if state.after is not None:
             cleaner = cleaner + state.after
         latents, model = state.latents, self._run.model
-        noise = model.noise(latents.shape, self._generators.of(RECURRENCE), model.dtype)
+        noise = model.noise(latents.shape, self._generators.of(RECURRENCE), model.latents_dtype)
         return level.noised(cleaner, following, noise.to(model.device)).to(latents.dtype)
 
     def remarks(self) -> Iterator[str]:

@@ -122,7 +122,7 @@ class Sampling:
             state.latents = latents
             return {"step": Step(state, name)}
 
-        state.conditioning, state.both = self.prompts.conditioning(state)
+        state.conditioning, state.calls = self.prompts.conditioning(state)
         state.latents = self._chain("before_step", state, arguments, latents)
         return state
 
@@ -133,11 +133,10 @@ class Sampling:
         """
         guides = self.guides.active(state.index)
         through = self.guides.through_network(guides)
-        both = state.both or state.conditioning
         with torch.set_grad_enabled(through):
             if through:
                 state.latents = state.latents.detach().requires_grad_()
-            cond, uncond = self._network(state, both)
+            cond, uncond = self._network(state)
             state.output = self._combine(state, cond, uncond)
             if guides or self.stack.calls["on_predicted_x0"]:
                 state.x0 = self._chain("on_predicted_x0", state, state.arguments("x0"), state.x0)
@@ -190,7 +189,7 @@ class Sampling:
     def _start(self) -> tuple[Tensor, int]:
         """Latents and index of the first step: a plugin's, or pure noise."""
         shape = (self.run.num_images, *self.shape)
-        like = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        like = torch.empty(shape, dtype=self.model.latents_dtype, device=self.model.device)
         start = Start(self.schedule.order, self.generators.own, self.schedule)
         problem = partial(_start_problem, like=like, num_steps=self.num_steps)
         arguments = {"run": self.run, "start": start}
@@ -202,11 +201,15 @@ class Sampling:
         self.schedule.begin_at(first)
         return latents, first
 
-    def _network(self, state: StepState, both: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """One call of the network: the prediction for the prompt, and for the negative prompt."""
-        halves = 1 + self.run.guided_by_prompt
-        latents = self.schedule.scaled(torch.cat([state.latents] * halves), state.timestep)
-        *uncond, cond = self.network(state, latents, both).chunk(halves)  # (B, C, H, W) each
+    def _network(self, state: StepState) -> tuple[Tensor, Tensor | None]:
+        """The prediction for the prompt, and for the negative prompt, in one call or in two."""
+        latents, count = state.latents, len(state.latents)
+        outputs: list[Tensor] = []
+        for told in state.calls:
+            times = len(told["values"]) // count
+            scaled = self.schedule.scaled(torch.cat([latents] * times), state.timestep)
+            outputs += reversed(torch.split(self.network(state, scaled, told), count))
+        cond, *uncond = outputs  # (B, C, H, W) each
         return cond, uncond[0] if uncond else None
 
     def _further_prediction(
@@ -225,8 +228,9 @@ class Sampling:
             return self.network(state, latents, told, patch)
 
     def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
-        scale = self.run.guidance_scale or 0.0
-        begun = cond if uncond is None else self.model.combine(cond, uncond, scale)
+        begun = cond
+        if uncond is not None:
+            begun = self.model.combine(cond, uncond, self.run.cfg_scale or 0.0)
         arguments = state.arguments("prediction", cond=cond, uncond=uncond)
         return self._chain("combine_predictions", state, arguments, begun)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import InputError, in_utf8
+from ..errors import InputError, in_utf8, unknown
 from ..hooks.stack import Stack
 from ..models.protocol import Conditioning, Embedding, Role, TextEncoder
 from .step import Step, StepState
 
 Encode = Callable[[str], Embedding]
+Calls = tuple[Conditioning, ...]
 
 
 class Prompts:
@@ -26,13 +28,13 @@ class Prompts:
 
     def __init__(self, run: Any, stack: Stack) -> None:
         self._run, self._stack = run, stack
-        prompt = stack.chain(
-            "prompt_transform",
-            run.prompt,
-            lambda _, value: {"prompt": value, "run": run},
-            _text_problem,
-        )
-        self._texts: dict[Role, str] = {"positive": prompt, "negative": run.negative_prompt}
+        self._texts: dict[Role, dict[str, str]] = {
+            "positive": self._of_encoders("prompt", self._rewritten),
+            "negative": self._of_encoders("negative_prompt"),
+        }
+        if run.negative_prompt and run.cfg_scale is None:
+            idle = "counts for nothing in this run: it has no classifier-free guidance"
+            warnings.warn(f"the negative prompt {run.negative_prompt!r} {idle}", stacklevel=2)
         words = collect_vocabulary(stack, run, run.model.text_encoders)
         self._encoders = [e.with_words(words[e.name]) for e in run.model.text_encoders]
         self._encoded: dict[tuple[str, Role, str], Embedding] = {}
@@ -40,8 +42,8 @@ class Prompts:
         self._before = self._both(None)
         self.positive = self._before[0]
 
-    def conditioning(self, state: StepState) -> tuple[Conditioning, Conditioning]:
-        """The prompt's, and what the network gets at a step: negative first under guidance."""
+    def conditioning(self, state: StepState) -> tuple[Conditioning, Calls]:
+        """The prompt's, and what the network is told at each of a step's calls."""
         return self._both(state) if self._by_step else self._before
 
     def of_text(self, text: str) -> Conditioning:
@@ -51,16 +53,45 @@ class Prompts:
         embeddings = [self._encode(encoder, "positive", text) for encoder in self._encoders]
         return self._condition(embeddings, "positive")
 
-    def _both(self, state: StepState | None) -> tuple[Conditioning, Conditioning]:
+    def _rewritten(self, text: str) -> str:
+        """A prompt after all plugins' `prompt_transform`."""
+
+        def arguments(_: str, value: str) -> dict[str, Any]:
+            return {"prompt": value, "run": self._run}
+
+        answer: str = self._stack.chain("prompt_transform", text, arguments, _text_problem)
+        return answer
+
+    def _of_encoders(self, key: str, rewrite: Callable[[str], str] = str) -> dict[str, str]:
+        """A prompt of the run for each text encoder: those that a table leaves out get its first.
+
+        Raises:
+            InputError: the table names one that the model does not have.
+        """
+        given, names = getattr(self._run, key), [e.name for e in self._run.model.text_encoders]
+        if isinstance(given, str):
+            return dict.fromkeys(names, rewrite(given))
+        if wrong := [name for name in given if name not in names]:
+            raise unknown(f"text encoder of this model, in {key},", wrong[0], names)
+        texts = {name: rewrite(text) for name, text in given.items()}
+        first = next(iter(texts.values()))
+        return {name: texts.get(name, first) for name in names}
+
+    def _both(self, state: StepState | None) -> tuple[Conditioning, Calls]:
         positive = self._of_role("positive", state)
-        if not self._run.guided_by_prompt:
-            return positive, positive
-        return positive, self._of_role("negative", state).cat(positive)
+        if self._run.cfg_scale is None:
+            return positive, (positive,)
+        negative = self._of_role("negative", state)
+        together = self._run.model.together
+        return positive, (negative.cat(positive),) if together else (positive, negative)
 
     def _of_role(self, role: Role, state: StepState | None) -> Conditioning:
-        text = self._texts[role]
-        encodes = [partial(self._encode, encoder, role) for encoder in self._encoders]
-        return self._condition([self._transformed(e(text), state, e) for e in encodes], role)
+        embeddings = []
+        for encoder in self._encoders:
+            encode = partial(self._encode, encoder, role)
+            plain = encode(self._texts[role][encoder.name])
+            embeddings.append(self._transformed(plain, state, encode))
+        return self._condition(embeddings, role)
 
     def _condition(self, embeddings: Sequence[Embedding], role: Role) -> Conditioning:
         conditioning: Conditioning = self._run.model.condition(embeddings, role, self._run)
@@ -70,7 +101,7 @@ class Prompts:
         """A text's at stage "prompt", with all plugins' answers at stage "token" in it."""
         key = encoder.name, role, text
         if key not in self._encoded:
-            tokens = encoder.tokenize(text)
+            tokens = encoder.tokenize(text, self._run.max_sequence_length)
             plain = not (tokens.added or self._stack.calls["embedding_transform"])
             self._encoded[key] = encoder.encode(tokens, role, None if plain else self._transformed)
         return self._encoded[key]

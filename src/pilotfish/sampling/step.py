@@ -30,7 +30,8 @@ class StepState:
 
     Attributes:
         conditioning: the prompt's, for each image.
-        both: what the network is told, with the negative prompt's before it under guidance.
+        calls: what the network is told at each call: the prompt, with the negative prompt before it
+            where both go in one call under guidance, or else the negative prompt in a second one.
         predict: see `Step.predict`.
         as_used: predicted clean latents as the scheduler uses them.
         following: the level after this step.
@@ -49,7 +50,7 @@ class StepState:
     latents: Tensor
     conditioning: Conditioning
     generators: Callable[[str], list[torch.Generator]]
-    both: Conditioning | None = None
+    calls: tuple[Conditioning, ...] = ()
     predict: Callable[[StepState, str, Any, Any], Tensor] | None = None
     as_used: Callable[[Tensor], Tensor] = lambda x0: x0
     following: NoiseLevel = CLEAN

@@ -45,9 +45,10 @@ class GaussianModel:
     id: str | None = None
     folder: Path | None = None
     device, dtype, factor = torch.device("cpu"), torch.float64, 1
+    latents_dtype = dtype
     text_encoders: Sequence[TextEncoder] = ()
     sites: tuple[Site, ...] = ()
-    guidance = frozenset({"cfg"})
+    guidance, together = frozenset({"cfg"}), True
     defaults = Defaults(steps=50, guidance_scale=7.5, height=4, width=4, scheduler="ddim")
     denoiser = None
 
@@ -104,6 +105,11 @@ class GaussianModel:
             latents = latents * level.norm
         self.calls += 1
         return level.output(latents, self.x0(latents, level))
+
+    def cfg_scale(self, run: Any) -> float | None:
+        """`guidance_scale` above 1, as diffusers has it."""
+        scale: float = run.guidance_scale
+        return scale if scale > 1 else None
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Ho & Salimans 2022, arXiv 2207.12598, in diffusers' convention."""

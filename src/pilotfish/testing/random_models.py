@@ -1,12 +1,14 @@
-"""A small Stable Diffusion of random weights, and a step of random numbers: no downloads."""
+"""Small models of random weights, and a step of random numbers: no downloads."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import unknown
 from ..guidance.graph import Leaves, SharedGraph
 from ..guidance.noise import NoiseLevel
 from ..models.protocol import Conditioning
@@ -24,28 +26,57 @@ WORDS = (
 
 
 def random_sampler(
-    *, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
+    *,
+    family: str = "stable-diffusion",
+    prediction_type: str = "epsilon",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Sampler:
-    """A Stable Diffusion of random weights: 32 x 32 pixels, milliseconds a step, no downloads.
+    """A model of random weights: 32 x 32 pixels, milliseconds a step, no downloads.
 
     Its pictures show nothing, but every number reacts to every input.
 
     Args:
-        prediction_type: "epsilon" or "v_prediction".
+        family: "stable-diffusion", or one of `random_families.FAMILIES`: "sdxl", "sd3" ...
+        prediction_type: "epsilon" or "v_prediction", of Stable Diffusion alone.
+
+    Raises:
+        InputError: there is no such family.
     """
-    return Sampler.from_pipeline(random_pipeline(prediction_type, dtype, seed))
+    return Sampler.from_pipeline(random_pipeline(prediction_type, dtype, seed, family))
 
 
 def random_pipeline(
-    prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
+    prediction_type: str = "epsilon",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    family: str = "stable-diffusion",
 ) -> Any:
-    """The `StableDiffusionPipeline` of `random_sampler`."""
+    """The pipeline of `random_sampler`."""
     mend_torchvision()
-    import diffusers
+    from .random_families import FAMILIES
 
+    builders: dict[str, Any] = {
+        "stable-diffusion": partial(_stable_diffusion, prediction_type),
+        **FAMILIES,
+    }
+    if family not in builders:
+        raise unknown("model family", family, builders)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _random_networks(dtype)
+        pipeline = builders[family](tokenizer())
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            # The pipeline's own `to` warns of layers to keep in float32, where there are none.
+            nn.Module.to(part.eval(), dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _stable_diffusion(prediction_type: str, tokenizer: Any) -> Any:
+    import diffusers
+
+    parts = _random_networks(tokenizer)
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -55,22 +86,19 @@ def random_pipeline(
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    pipeline = diffusers.StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         **parts,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
-def _random_networks(dtype: torch.dtype) -> dict[str, Any]:
+def _random_networks(tokenizer: Any) -> dict[str, Any]:
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = _tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -98,13 +126,11 @@ def _random_networks(dtype: torch.dtype) -> dict[str, Any]:
         norm_num_groups=4,
         sample_size=32,
     )
-    networks = {"text_encoder": CLIPTextModel(text), "unet": unet, "vae": vae}
-    # The pipeline's own `to` warns of layers to keep in float32, where there are none.
-    cast = {name: nn.Module.to(n.eval(), dtype) for name, n in networks.items()}
-    return {"tokenizer": tokenizer, **cast}
+    text_encoder = CLIPTextModel(text)
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder, "unet": unet, "vae": vae}
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
     """A real `CLIPTokenizer`: one token for each of `WORDS`, pieces of letters for the rest."""
     from transformers import CLIPTokenizer
 

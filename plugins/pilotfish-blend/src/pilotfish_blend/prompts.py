@@ -144,6 +144,12 @@ def alternatives(pieces: Sequence[str | Mark], mark: Mark) -> dict[str, float]:
 
 def mix(embeddings: Sequence[Embedding], weights: Sequence[float], mode: str) -> Embedding:
     """The first embedding with the mean of all in it, pooled ones alike."""
+    lengths = [e.values.shape[1] for e in embeddings]
+    if len(set(lengths)) > 1:
+        raise InputError(
+            f"blend: the prompts have {lengths} tokens in {embeddings[0].encoder}, and this model "
+            "fills none up to a common length: give prompts of equal length"
+        )
     values = mixed([e.values for e in embeddings], weights, mode)
     pooled = [e.pooled for e in embeddings if e.pooled is not None]
     return replace(

@@ -1,4 +1,4 @@
-"""CLIP's text encoders as transformers has them: prompt -> tokens -> token embeddings -> output.
+"""Text encoders as transformers has them: prompt -> tokens -> token embeddings -> output.
 
 The shared tokenizer is never changed: words that plugins add live in a copy of it. The encoder's
 token embeddings are changed by a hook for the time of one call, on this run's own copy of it.
@@ -7,13 +7,15 @@ token embeddings are changed by a hook for the time of one call, on this run's o
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -32,6 +34,8 @@ class ClipText:
         tokenizer, network: of transformers; the network is a run's own copy where one runs.
         prepare: rewrites a prompt before tokenising (words of several vectors that a pipeline has
             loaded).
+        layer: which of the hidden states is the output, -2 for the last but one; None is the last
+            one after the final norm.
         words: what plugins added: text as the tokenizer gets it, by word.
         vectors: the vector (D,) and name of each token that they added, by id.
     """
@@ -40,8 +44,10 @@ class ClipText:
     tokenizer: Any
     network: Any
     prepare: Callable[[str], str] = str
+    layer: int | None = None
     words: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[int, tuple[Tensor, str]] = field(default_factory=dict)
+    between: ClassVar[str] = " "  # the pieces of an added word, where a space is no token
 
     @property
     def width(self) -> int:
@@ -74,41 +80,62 @@ class ClipText:
                 )
             pieces = [f"<|pilotfish-{number}-{i}|>" for i in range(len(values))]
             tokenizer.add_tokens(pieces)
-            spelled[word] = " ".join(pieces)
+            spelled[word] = self.between.join(pieces)
             for i, (piece, vector) in enumerate(zip(pieces, values, strict=True)):
                 shown = word if i == 0 else f"{word}_{i}"  # as diffusers names them
                 vectors[tokenizer.convert_tokens_to_ids(piece)] = (vector, shown)
         return replace(self, tokenizer=tokenizer, words=spelled, vectors=vectors)
 
-    def tokenize(self, text: str) -> Tokens:
+    def tokenize(self, text: str, length: int | None = None) -> Tokens:
         """A prompt's tokens, padded and cut to `length`.
 
         Added words stand in the ids as the lowest id: encoders of Stable Diffusion 1.x find their
         pooled position at the *highest* id, which must remain the end token.
 
+        Args:
+            length: how many tokens a run asks for, where that is not the encoder's own affair.
+
         Warns:
             UserWarning: the prompt is longer than the encoder takes; names the words that are
                 dropped.
         """
+        length = self._takes(length)
+        pad = {"padding": self._padding, "truncation": True, "max_length": length}
         with _one_at_a_time:
             text = self.prepare(self._spell(text))
-            found = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+            found = self.tokenizer(text, **pad, return_tensors="pt")
             whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
-        if len(whole) > self.length:
-            dropped = self.tokenizer.decode(whole[self.length - 1 : -1])
+            special = self.tokenizer.num_special_tokens_to_add()
+        if len(whole) > length:
+            dropped = self.tokenizer.decode(whole[length - 1 : -1])
             dropped = dropped.replace("</w>", " ")  # a copied tokenizer leaves the ends of words
             for number, (_, shown) in self.vectors.items():
                 piece = self.tokenizer.convert_ids_to_tokens(number)
                 dropped = dropped.replace(piece, f"{shown} ")
-            takes = f"{self.name} takes {self.length - 2}. Dropped: {dropped.strip()!r}"
-            warnings.warn(f"the prompt is {len(whole) - 2} tokens long; {takes}", stacklevel=2)
+            takes = f"{self.name} takes {length - special}. Dropped: {dropped.strip()!r}"
+            warnings.warn(
+                f"the prompt is {len(whole) - special} tokens long; {takes}", stacklevel=2
+            )
         ids, used, added = found.input_ids, int(found.attention_mask.sum()), {}
         pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
         for at, number in enumerate(ids[0].tolist()):
             if number in self.vectors:
                 added[at], pieces[at] = self.vectors[number]
                 ids[0, at] = 0
-        return Tokens(ids, tuple(pieces), used, added)
+        return Tokens(ids, tuple(pieces), used, added, found.attention_mask)
+
+    @property
+    def _padding(self) -> str | bool:
+        return "max_length"
+
+    @property
+    def _embeddings(self) -> Any:
+        """The module that looks tokens up."""
+        return self.network.get_input_embeddings()
+
+    def _takes(self, asked: int | None) -> int:
+        """How many tokens, where a run asks for so many: a CLIP has one length."""
+        return self.length
 
     def _spell(self, text: str) -> str:
         """Write out added words as their pieces: the longest word that stands at a place counts.
@@ -137,13 +164,94 @@ class ClipText:
                 values[:, position] = vector.to(values)
             return on_token(Embedding("token", role, values, None, tokens.pieces, self.name)).values
 
-        handle = self.network.get_input_embeddings().register_forward_hook(at_token_stage)
+        handle = self._embeddings.register_forward_hook(at_token_stage)
         try:
             return self._output(tokens, role)
         finally:
             handle.remove()
 
     def _output(self, tokens: Tokens, role: Role) -> Embedding:
-        output = self.network(tokens.ids.to(self.network.device), attention_mask=None)
-        pooled = output[1] if len(output) > 1 else None
-        return Embedding("prompt", role, output[0], pooled, tokens.pieces, self.name)
+        ids, hidden = tokens.ids.to(self.network.device), self.layer is not None
+        output = self.network(ids, attention_mask=None, output_hidden_states=hidden)
+        values = output.hidden_states[self.layer] if hidden else output.last_hidden_state
+        # A projection, where the encoder has one, comes in the place of the plain pooled output.
+        pooled = output.get("text_embeds", output.get("pooler_output"))
+        return Embedding("prompt", role, values, pooled, tokens.pieces, self.name)
+
+
+@dataclass(frozen=True)
+class T5Text(ClipText):
+    """A T5 with its tokenizer: as many tokens as a run asks for, by `max_sequence_length`."""
+
+    between: ClassVar[str] = ""
+
+    @property
+    def _embeddings(self) -> Any:
+        return self.network.encoder.embed_tokens  # `shared` has the same weight, but is not asked
+
+    def _takes(self, asked: int | None) -> int:
+        return self.length if asked is None else asked
+
+    def _output(self, tokens: Tokens, role: Role) -> Embedding:
+        values = self.network(tokens.ids.to(self.network.device)).last_hidden_state
+        return Embedding("prompt", role, values, None, tokens.pieces, self.name)
+
+
+@dataclass(frozen=True)
+class QwenText(ClipText):
+    """A Qwen with its tokenizer: the prompt in a template, and chosen layers' outputs.
+
+    Attributes:
+        prepare: puts a prompt into the template.
+        layers: whose outputs are put side by side.
+        dropped: tokens of the template before the prompt, whose outputs are left out.
+        padded: whether the encoder sees as many tokens as a run asks for.
+        whole: whether what it makes of the padding counts too.
+        most: how many tokens a prompt may have where `padded` does not say so.
+    """
+
+    between: ClassVar[str] = ""
+    layers: tuple[int, ...] = (-2,)
+    dropped: int = 0
+    padded: bool = False
+    whole: bool = False
+    most: int = 512
+
+    @property
+    def length(self) -> int:
+        """T, its tokens at most."""
+        return self.most + self.dropped
+
+    @property
+    def _padding(self) -> str | bool:
+        return "max_length" if self.padded else False
+
+    def _takes(self, asked: int | None) -> int:
+        return asked if self.padded and asked is not None else self.length
+
+    def _output(self, tokens: Tokens, role: Role) -> Embedding:
+        device = self.network.device
+        output = self.network(
+            input_ids=tokens.ids.to(device),
+            attention_mask=tokens.mask.to(device),
+            output_hidden_states=True,
+        )
+        values = torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
+        kept = torch.ones_like(tokens.mask[0]) if self.whole else tokens.mask[0]
+        kept = (kept.cumsum(0) > self.dropped) & kept.bool()
+        pieces = tuple(itertools.compress(tokens.pieces, kept.tolist()))
+        return Embedding("prompt", role, values[:, kept.to(device)], None, pieces, self.name)
+
+
+def chat(tokenizer: Any, **options: Any) -> Callable[[str], str]:
+    """What puts a prompt into a tokenizer's own template as a user's message."""
+
+    def asked(prompt: str) -> str:
+        message = [{"role": "user", "content": prompt}]
+        return str(
+            tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True, **options
+            )
+        )
+
+    return asked

@@ -1,0 +1,46 @@
+"""What FLUX.1 and those after it share: two by two cells of the latents are one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from .family import PipelineFamily
+
+
+class PackedFamily(PipelineFamily):
+    """A flow on packed latents; both predictions in calls of their own, see `PipelineFamily`."""
+
+    together = False
+
+    @property
+    def _multiple(self) -> int:
+        return 2 * self.factor
+
+    @property
+    def _side(self) -> int | Sequence[int]:
+        side: int = self._pipeline.default_sample_size
+        return side
+
+    @property
+    def _channels(self) -> int:
+        return int(self.denoiser.config.in_channels) // 4
+
+    def _sigmas(self, steps: int) -> list[float] | None:
+        return list(np.linspace(1.0, 1 / steps, steps))
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, HW / 4, 4C): a token for two by two cells."""
+    batch, channels, height, width = latents.shape
+    cells = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, 4 * channels)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """`pack` backwards, to latents of that shape."""
+    batch, channels, height, width = shape
+    cells = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
