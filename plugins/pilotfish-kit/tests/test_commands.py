@@ -235,3 +235,11 @@ def test_in_pytest_a_check_that_has_nothing_to_look_at_skips_its_test(random_sam
     (plugin, check) = next(case.values for case in cases if case.id == "Quiet()-scale-0")
     with pytest.raises(pytest.skip.Exception, match="it has no scale"):
         check(plugin, random_sampler)
+
+
+def test_check_tries_a_plugin_on_a_family_and_names_it(folder):
+    done = call("plugins", "check", "blue", "--family", "sd3")
+    assert done.exit_code == 0, done.output
+    assert "Blue() on sd3" in done.output
+    assert "FAILED" not in done.output
+    assert "qwen-image" in call("plugins", "check", "blue", "--family", "nobodys").output

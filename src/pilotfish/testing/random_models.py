@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -53,13 +54,7 @@ def random_pipeline(
     family: str = "stable-diffusion",
 ) -> Any:
     """The pipeline of `random_sampler`."""
-    mend_torchvision()
-    from .random_families import FAMILIES
-
-    builders: dict[str, Any] = {
-        "stable-diffusion": partial(_stable_diffusion, prediction_type),
-        **FAMILIES,
-    }
+    builders = families(prediction_type)
     if family not in builders:
         raise unknown("model family", family, builders)
     with torch.random.fork_rng(devices=[]):
@@ -71,6 +66,14 @@ def random_pipeline(
             nn.Module.to(part.eval(), dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def families(prediction_type: str = "epsilon") -> dict[str, Callable[[Any], Any]]:
+    """What builds each family's random pipeline, from a CLIP tokenizer."""
+    mend_torchvision()
+    from .random_families import FAMILIES
+
+    return {"stable-diffusion": partial(_stable_diffusion, prediction_type), **FAMILIES}
 
 
 def _stable_diffusion(prediction_type: str, tokenizer: Any) -> Any:

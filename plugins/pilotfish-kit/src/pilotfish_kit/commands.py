@@ -20,8 +20,11 @@ MARKS = {"ok": "ok", "failed": "FAILED", "not tried": "-"}
 @click.argument("name")
 @click.option("--prompt", default="a red cat", show_default=True, help="Of the runs.")
 @click.option("--model", metavar="FOLDER|HUB_ID|NAME", help="[default: a small random one]")
+@click.option("--family", metavar="NAME|all", help="A small random one of that family.")
 @click.pass_context
-def check(ctx: click.Context, name: str, prompt: str, model: str | None) -> None:
+def check(
+    ctx: click.Context, name: str, prompt: str, model: str | None, family: str | None
+) -> None:
     """Try in short runs what every plugin must keep.
 
     NAME is an installed plugin, or FILE.py:Class, with settings as --use takes them. The exit code
@@ -30,15 +33,26 @@ def check(ctx: click.Context, name: str, prompt: str, model: str | None) -> None
     \b
     pilotfish plugins check ./my_loss.py:Warmth
     pilotfish plugins check 'palette:colors=[#035,#fa0]'
+    pilotfish plugins check blue --family all
     """
+    from pilotfish.testing import random_sampler
+    from pilotfish.testing.random_models import families
+
     from .contract import examine
 
-    plugin = pilotfish.make_plugin(name)
-    outcomes = examine(plugin, None if model is None else pilotfish.load(model), prompt)
-    states = [str(outcome.status) for outcome in outcomes]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in MARKS)
-    click.echo("\n".join([repr(plugin), *map(line, outcomes), counts]))
-    ctx.exit("failed" in states)
+    if model and family:
+        raise click.UsageError("--model and --family are two models; give one")
+    plugin, failed = pilotfish.make_plugin(name), False
+    for each in families() if family == "all" else (family,):
+        # Some families are made for pictures of 1024 pixels, which a check need not be of.
+        sampler = random_sampler(family=each) if each else pilotfish.load(model) if model else None
+        outcomes = examine(plugin, sampler, prompt, side=32 if each else None)
+        states = [str(outcome.status) for outcome in outcomes]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in MARKS)
+        title = f"{plugin!r} on {each}" if each else repr(plugin)
+        click.echo("\n".join([title, *map(line, outcomes), counts]))
+        failed = failed or "failed" in states
+    ctx.exit(failed)
 
 
 def line(outcome: Outcome) -> str:

@@ -236,10 +236,14 @@ ALL = tuple(CHECKS.values())
 
 
 def examine(
-    plugin: Any, sampler: Sampler | None = None, prompt: str = PROMPT, checks: Iterable[Check] = ALL
+    plugin: Any,
+    sampler: Sampler | None = None,
+    prompt: str = PROMPT,
+    checks: Iterable[Check] = ALL,
+    side: int | None = None,
 ) -> list[Outcome]:
-    """Try a plugin against checks, each told apart; see `check_plugin`."""
-    trial = Trial(plugin, sampler, prompt)
+    """Try a plugin against checks, each told apart; see `check_plugin` and `Trial`."""
+    trial = Trial(plugin, sampler, prompt, side)
     return [trial.outcome(check) for check in checks]
 
 

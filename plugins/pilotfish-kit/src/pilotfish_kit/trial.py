@@ -63,12 +63,18 @@ class Outcome:
 class Trial:
     """A plugin and the model it is tried on; each check is tried at most once.
 
+    Args:
+        side: of the pictures, in pixels; None is the model's own.
+
     Attributes:
         absent: final latents (1, C, H, W) of a run without the plugin.
         before: the state of the `world` before the plugin ran.
     """
 
-    def __init__(self, plugin: Any, sampler: Sampler | None, prompt: str) -> None:
+    def __init__(
+        self, plugin: Any, sampler: Sampler | None, prompt: str, side: int | None = None
+    ) -> None:
+        self._size = {"height": side, "width": side}
         self.plugin, self.sampler, self.prompt = plugin, sampler or random_sampler(), prompt
         self.absent, self.before = self.latents(), world(self.sampler.model)
         self.outcome = functools.cache(self._outcome)
@@ -100,7 +106,7 @@ class Trial:
 
     def stream(self, *plugins: Any, sampler: Sampler | None = None, **options: Any) -> Stream:
         """A run of two steps."""
-        options = {"steps": 2, "seed": SEEDS[0], **options}
+        options = {"steps": 2, "seed": SEEDS[0], **self._size, **options}
         return (sampler or self.sampler).stream(self.prompt, plugins=plugins, **options)
 
     def take(self, *streams: Stream) -> list[Result]:
