@@ -50,7 +50,8 @@ class Img2Img(Plugin):
         index = self._first_step(steps) * start.order
         size = (height, width)
         picture = pixels(read_picture(self.settings.image, "Img2Img: image", size=size))
-        x0 = run.model.encode(picture, start.generator).to(run.model.dtype)  # (B, C, H, W)
+        x0 = run.model.encode(picture, start.generator)  # (B, C, H, W)
+        x0 = x0.to(run.model.latents_dtype)
         noise = draw(x0.shape, start.generator, x0.dtype).to(x0.device)
         return start.noised(x0, noise, index), index
 
