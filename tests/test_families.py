@@ -12,10 +12,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 import pilotfish
 from pilotfish import InputError, ModelError, Sampler
+from pilotfish.cli import main
 from pilotfish.models.checkpointing import parts
 from pilotfish.testing import random_sampler
 from pilotfish.testing.random_models import random_pipeline
@@ -276,6 +278,50 @@ def test_a_prompt_for_each_encoder_is_diffusers_prompt_2():
         sampler({"text_encoder_3": "a cat"}, steps=1)
 
 
+@pytest.mark.parametrize("family", ["sdxl", "flux", "qwen-image"])
+def test_an_empty_negative_prompt_is_one_where_the_pipeline_tells_it_from_none(family):
+    options = {**ROWS[family].guided, "negative_prompt": ""}
+    found = ours(family, **options)
+    assert torch.equal(found, theirs(family, **options))
+    del options["negative_prompt"]
+    assert not torch.equal(found, ours(family, **options))
+
+
+def test_qwen_image_gives_its_levels_to_a_scheduler_of_flow_sigmas_too():
+    options = {**FLOW, "use_dynamic_shifting": True}
+
+    def make(_):
+        return diffusers.UniPCMultistepScheduler(**options)
+
+    spec = {"name": "unipc", "use_dynamic_shifting": True}
+    expected = theirs("qwen-image", scheduler=make, steps=4)
+    assert torch.equal(ours("qwen-image", scheduler=spec, steps=4), expected)
+
+
+def test_what_a_plugin_adds_to_sdxls_conditions_joins_its_own():
+    class Adds(pilotfish.Plugin):
+        def network_inputs(self, inputs, step):
+            return {**inputs, "added_cond_kwargs": {"text_embeds": self.value(step)}}
+
+        def value(self, step):
+            return torch.zeros_like(step.conditioning["pooled"])
+
+    sampler = random_sampler(family="sdxl")
+    run = {**SIZE, "steps": 2, "seed": 3}
+    changed = sampler(PROMPT, plugins=[Adds()], **run).latents
+    assert not torch.equal(changed, sampler(PROMPT, **run).latents)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_a_dry_run_of_a_flow_model_tells_its_steps_and_refuses_what_a_run_would(family, tmp_path):
+    random_pipeline(family=family).save_pretrained(tmp_path)
+    command = ["generate", "a cat", "--model", str(tmp_path), "--dry-run"]
+    assert "28" in CliRunner().invoke(main, command).output
+    refused = CliRunner().invoke(main, [*command, "--scheduler", "ddim"])
+    assert refused.exit_code == 1
+    assert "does not go along a flow" in refused.output
+
+
 @pytest.mark.parametrize("family", ["flux", "qwen-image"])
 def test_a_negative_prompt_that_counts_for_nothing_is_told(family):
     sampler = random_sampler(family=family)
@@ -351,12 +397,16 @@ IMAGE_TO_IMAGE = {
 }
 
 
-@pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
-def test_img2img_equals_the_familys_own_image_to_image_pipeline_to_the_bit(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.float32) for family in IMAGE_TO_IMAGE), ("sdxl", torch.bfloat16)],
+)
+def test_img2img_equals_the_familys_own_image_to_image_pipeline_to_the_bit(family, dtype, tmp_path):
     noise = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(1))
     picture = Image.fromarray(noise.byte().numpy())
     picture.save(tmp_path / "picture.png")
-    pipeline, kind = random_pipeline(family=family), getattr(diffusers, IMAGE_TO_IMAGE[family])
+    pipeline = random_pipeline(family=family, dtype=dtype)
+    kind = getattr(diffusers, IMAGE_TO_IMAGE[family])
     takes = inspect.signature(kind.__init__).parameters
     parts = {name: part for name, part in pipeline.components.items() if name in takes}
     other = kind(**parts, **({"add_watermarker": False} if family == "sdxl" else {}))
@@ -379,4 +429,5 @@ def test_img2img_equals_the_familys_own_image_to_image_pipeline_to_the_bit(famil
         expected = other._unpack_latents(expected, 32, 32, other.vae_scale_factor)
     expected = expected[:, :, 0] if expected.ndim == 5 else expected
     use = {"use": "img2img", "image": str(tmp_path / "picture.png"), "strength": 0.5}
-    assert torch.equal(ours(family, plugins=[use], steps=4, **options), expected)
+    found = ours(family, plugins=[use], steps=4, dtype=dtype, **options)
+    assert torch.equal(found, expected)

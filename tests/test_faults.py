@@ -255,10 +255,7 @@ def test_wrong_settings_say_what_was_expected_and_what_came(settings, message):
         ({"on_error": "ignore"}, "on_error must be 'raise', 'skip' or 'disable'; got 'ignore'"),
         ({"num_images": -1}, "num_images must be a whole number >= 1"),
         ({"seed": "x"}, "seed must be a whole number >= 0; got 'x'"),
-        (
-            {"negative_prompt": None},
-            "negative_prompt must be text, or .*; got None",
-        ),
+        ({"negative_prompt": 3}, "negative_prompt must be text, or .*; got 3"),
         ({"plugins": "blue"}, "plugins must be a list; got 'blue'"),
         ({"plugins": ["blu:e"]}, "expected setting=value|no plugin|does not import"),
     ],

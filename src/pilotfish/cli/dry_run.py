@@ -67,8 +67,15 @@ def resolved(run: Run, folder: Path, name: str) -> tuple[Run, int]:
     keys = ("steps", "guidance_scale", "scheduler", "height", "width")
     left = {key: getattr(defaults, key) or None for key in keys if getattr(run, key) is None}
     run = run.model_copy(update=left)
-    num_steps = Schedule(schedulers.new(run.scheduler, own), run.steps or defaults.steps).num_steps
+    scheduler = schedulers.new(run.scheduler, own)
+    num_steps = Schedule(scheduler, run.steps or defaults.steps, set_timesteps).num_steps
     return run.model_copy(update={"scheduler": schedulers.describe(run.scheduler, own)}), num_steps
+
+
+def set_timesteps(scheduler: Any, steps: int) -> None:
+    """Let a scheduler choose so many steps; where they lie depends on a size that is not known."""
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(steps, **shift)
 
 
 def _read(file: Path) -> Any:

@@ -38,7 +38,6 @@ class PipelineFamily:
         optional: parts that it may do without.
         upcasts: whether the pipeline runs a half-precision VAE in float32 where that asks for it.
         cells: how many of the VAE's cells are one of the latents, along a side.
-        flow: whether the network predicts the velocity of a flow.
         folder: the pipeline's own, where it came from one; a plugin may find there what was trained
             along with the model.
 
@@ -52,7 +51,6 @@ class PipelineFamily:
     optional: ClassVar[frozenset[str]] = frozenset({"image_encoder", "feature_extractor"})
     upcasts: ClassVar[bool] = False
     cells: ClassVar[int] = 1
-    flow: ClassVar[bool] = True
     guidance = frozenset({"cfg"})
     together = True
     vae: Any
@@ -182,24 +180,24 @@ class PipelineFamily:
 
     def new_scheduler(self, spec: Any) -> Any:
         """A fresh scheduler: the model's own where `spec` is None; see `schedulers.new`."""
-        return schedulers.new(spec, self.scheduler, self.flow)
+        return schedulers.new(spec, self.scheduler)
 
     def describe_scheduler(self, spec: Any) -> str | dict[str, Any]:
         """A scheduler as a run file holds it: its name, and what differs from the model's."""
-        return schedulers.describe(spec, self.scheduler, self.flow)
+        return schedulers.describe(spec, self.scheduler)
 
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         """The scheduler's own choice; shifted by the size where it asks for that."""
-        own = self._sigmas(steps) if not scheduler.config.get("use_flow_sigmas") else None
+        own = self._sigmas(steps, scheduler.config)
         takes = inspect.signature(scheduler.set_timesteps).parameters
         options: dict[str, Any] = {"num_inference_steps": steps}
-        if own and "sigmas" in takes:
+        if own is not None and "sigmas" in takes:
             options = {"sigmas": own}
         if scheduler.config.get("use_dynamic_shifting"):
             options["mu"] = self._shift(scheduler.config, steps, shape)
         scheduler.set_timesteps(device=self.device, **options)
 
-    def _sigmas(self, steps: int) -> list[float] | None:
+    def _sigmas(self, steps: int, config: Mapping[str, Any]) -> Any:
         """The levels that the pipeline asks the scheduler for; None are the scheduler's own."""
         return None
 
@@ -283,14 +281,17 @@ class PipelineFamily:
             generator: draws from the posterior instead; of one picture as many latents as there are
                 generators.
         """
-        image = image.to(self.device) * 2 - 1
+        image = self._film(image.to(self.device) * 2 - 1)
         dtype = decoders.dtype_of(self.vae)
-        image = self._film(image)
-        posterior = self.vae.encode(image.to(dtype)).latent_dist
+        # Whose pipeline upcasts encodes in float32 even where it decodes in bfloat16.
+        upcast = self.upcasts and dtype != torch.float32 and self.vae.config.force_upcast
+        vae = self._vae_float32() if upcast else self.vae
+        posterior = vae.encode(image.to(dtype).to(decoders.dtype_of(vae))).latent_dist
         if dtype == torch.float16 and not posterior.parameters.isfinite().all():
             posterior = self._vae_float32().encode(image.float()).latent_dist
         draws = [posterior.sample(g) for g in generator or ()]
-        return self._from_vae(torch.cat(draws) if draws else posterior.mean)
+        encoded = torch.cat(draws) if draws else posterior.mean
+        return self._from_vae(encoded.to(dtype) if upcast else encoded)
 
     def rgb(self, latents: Tensor) -> Tensor:
         """Linear estimate of the colours at latent size (B, 3, H, W), float32."""
@@ -339,7 +340,7 @@ class PipelineFamily:
 
 def told_nothing(run: Any, role: Role) -> bool:
     """Whether a conditioning is that of a negative prompt that nobody gave."""
-    return role == "negative" and not run.negative_prompt
+    return role == "negative" and run.negative_prompt is None
 
 
 def side_by_side(values: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ class Flux(PackedFamily):
 
     pipeline_class = "FluxPipeline"
     guidance = frozenset({"cfg", "embedded"})
+    heeds_flow_sigmas = True
 
     transformer: Any
     text_encoder_2: Any
@@ -39,7 +40,7 @@ class Flux(PackedFamily):
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""
         scale: float = run.true_cfg_scale
-        return scale if scale > 1 and run.negative_prompt else None
+        return scale if scale > 1 and run.negative_prompt is not None else None
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
         """The T5's tokens, what the CLIP pools, and the guidance scale where the network asks."""

@@ -24,6 +24,7 @@ class Flux2Klein(PackedFamily):
     pipeline_class = "Flux2KleinPipeline"
 
     cells = 2
+    heeds_flow_sigmas = True
 
     transformer: Any
     text_encoder: Any

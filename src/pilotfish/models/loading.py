@@ -34,7 +34,10 @@ def load(
             index = diffusers.DiffusionPipeline.load_config(target, **place)
             name = index.get("_class_name", "") if isinstance(index, Mapping) else ""
             family = family_of(str(name), f"model {str(model or target)!r}")
-            options = {"dtype": number_format, **family.pipeline_options, **options}
+            # diffusers must be told of what a model does without, such as the T5 of SD3.
+            without = [n for n in getattr(family, "optional", ()) if index.get(n) == [None, None]]
+            own = {**dict.fromkeys(without), **family.pipeline_options}
+            options = {"dtype": number_format, **own, **options}
             pipeline = diffusers.DiffusionPipeline.from_pretrained(target, **options)
         except (OSError, ValueError) as error:
             raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -11,9 +12,14 @@ from .family import PipelineFamily
 
 
 class PackedFamily(PipelineFamily):
-    """A flow on packed latents; both predictions in calls of their own, see `PipelineFamily`."""
+    """A flow on packed latents; both predictions in calls of their own, see `PipelineFamily`.
+
+    Attributes:
+        heeds_flow_sigmas: whether the pipeline leaves the levels to a scheduler of flow sigmas.
+    """
 
     together = False
+    heeds_flow_sigmas: ClassVar[bool] = False
 
     @property
     def _multiple(self) -> int:
@@ -28,8 +34,10 @@ class PackedFamily(PipelineFamily):
     def _channels(self) -> int:
         return int(self.denoiser.config.in_channels) // 4
 
-    def _sigmas(self, steps: int) -> list[float] | None:
-        return list(np.linspace(1.0, 1 / steps, steps))
+    def _sigmas(self, steps: int, config: Mapping[str, Any]) -> Any:
+        if self.heeds_flow_sigmas and config.get("use_flow_sigmas"):
+            return None
+        return np.linspace(1.0, 1 / steps, steps)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class QwenImage(PackedFamily):
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""
         scale: float = run.true_cfg_scale
-        return scale if scale > 1 and run.negative_prompt else None
+        return scale if scale > 1 and run.negative_prompt is not None else None
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance, each token brought back to the norm of the prompt's own."""

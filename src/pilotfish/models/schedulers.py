@@ -25,11 +25,11 @@ from diffusers.schedulers import KarrasDiffusionSchedulers  # noqa: E402
 NONE = "none"  # TOML has no null
 
 
-def new(spec: Any, own: Any, flow: bool = False) -> Any:
+def new(spec: Any, own: Any) -> Any:
     """A fresh scheduler, made from a configuration; nothing is shared with another run.
 
     Args:
-        flow: whether it is for a network that predicts the velocity of a flow.
+        own: the model's; where it goes along a flow, so must the other.
         spec: None for the model's own, a short name ("lms"), a class name of diffusers or
             `module:Class`, a scheduler of diffusers' kind, or a mapping with `name` and
             configuration.
@@ -39,6 +39,7 @@ def new(spec: Any, own: Any, flow: bool = False) -> Any:
             it knows no flows.
     """
     spec = own if spec is None else spec
+    flow = type(own).__name__.startswith("FlowMatch") or own.config.get("use_flow_sigmas")
     if isinstance(spec, diffusers.SchedulerMixin):
         if flow:
             _flow_settings(type(spec), own, spec.config.get("use_flow_sigmas"))
@@ -155,13 +156,13 @@ def _made(scheduler: Any, base: Any, config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def describe(spec: Any, own: Any, flow: bool = False) -> str | dict[str, Any]:
+def describe(spec: Any, own: Any) -> str | dict[str, Any]:
     """A scheduler as a run file holds it: its name, and what differs from the model's."""
     if spec is None or isinstance(spec, str):
         return short_name(type(own) if spec is None else named(spec))
-    scheduler = new(spec, own, flow)
+    scheduler = new(spec, own)
     name = short_name(type(scheduler))
-    usual = _settings(new(name, own, flow))
+    usual = _settings(new(name, own))
     # By what is written, in which NaN equals itself.
     changed = {k: v for k, v in _settings(scheduler).items() if repr(v) != repr(usual.get(k))}
     return {"name": name, **changed} if changed else name

@@ -18,7 +18,6 @@ class StableDiffusionXL(PipelineFamily):
 
     pipeline_class = "StableDiffusionXLPipeline"
     network = "unet"
-    flow = False
     upcasts = True
     optional = PipelineFamily.optional | {"text_encoder", "tokenizer"}
 
@@ -48,13 +47,15 @@ class StableDiffusionXL(PipelineFamily):
         size = (run.height, run.width)
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
         told = {"values": values.to(self.dtype), "pooled": pooled.to(self.dtype), "ids": ids}
-        return Conditioning(told).expand(len(values))
+        batch = max(len(values), len(pooled))
+        return Conditioning({n: t.expand(batch, *t.shape[1:]) for n, t in told.items()})
 
     def predict(
         self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any
     ) -> Tensor:
         """The UNet's output."""
         told = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["ids"]}
+        told |= inputs.pop("added_cond_kwargs", {})  # an image's embeddings, of a plugin
         output: Tensor = self.unet(
             latents,
             timestep,

@@ -18,7 +18,6 @@ class StableDiffusion(PipelineFamily):
 
     pipeline_class = "StableDiffusionPipeline"
     network = "unet"
-    flow = False
     pipeline_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
     optional = PipelineFamily.optional | {"safety_checker"}
 

@@ -111,8 +111,11 @@ class Run(pydantic.BaseModel):
         "what the picture shows; in Python and run files also a text for each text encoder",
         "TEXT",
     )
-    negative_prompt: Prompt = _key(
-        "", "what the picture should not show; counts only with guidance", "TEXT"
+    negative_prompt: Prompt | None = _key(
+        None,
+        "what the picture should not show; counts only with guidance",
+        "TEXT",
+        "none; an empty one is one, to models that tell the two apart",
     )
     steps: Count | None = _key(None, "sampling steps", none=MODELS)
     guidance_scale: Annotated[float, BeforeValidator(_finite)] | None = _key(

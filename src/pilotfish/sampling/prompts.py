@@ -69,6 +69,7 @@ class Prompts:
             InputError: the table names one that the model does not have.
         """
         given, names = getattr(self._run, key), [e.name for e in self._run.model.text_encoders]
+        given = "" if given is None else given
         if isinstance(given, str):
             return dict.fromkeys(names, rewrite(given))
         if wrong := [name for name in given if name not in names]:

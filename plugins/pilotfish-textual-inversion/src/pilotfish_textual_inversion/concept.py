@@ -45,7 +45,7 @@ class Concept(Plugin):
 
     def prompt_transform(self, prompt: str, run: Run) -> None:
         """Only look: here the prompt is what the plugins before this one have made of it."""
-        said = f"{prompt} {run.negative_prompt}".lower()  # as most tokenizers read it
+        said = f"{prompt} {run.negative_prompt or ''}".lower()  # as most tokenizers read it
         for word in self._words:
             if word.lower() not in said:
                 warnings.warn(
