@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from pilotfish.cli import main
 from pilotfish.cli.program import OWN
-from pilotfish.hooks.registry import COMMAND_GROUP, LIMIT, load_command
+from pilotfish.hooks.registry import COMMAND_GROUP, LIMIT, load_installed
 
 FILE = Path(__file__).with_name("commands.md")
 PROJECTS = sorted(FILE.parents[1].glob("plugins/*/pyproject.toml"))
@@ -46,7 +46,7 @@ def added() -> Iterator[tuple[str, str]]:
 
 def added_paths(name: str) -> Iterator[list[str]]:
     """The paths of an added command, and of those in it."""
-    return paths(load_command(name), name.split("."))
+    return paths(load_installed(name, COMMAND_GROUP), name.split("."))
 
 
 def paths(command: click.Command, path: list[str]) -> Iterator[list[str]]:

@@ -285,6 +285,17 @@ def test_teardown_runs_for_all_also_when_one_raises(sampler):
     assert log[-2:] == ["teardown y", "teardown x"]
 
 
+def test_of_several_errors_at_teardown_the_last_tells_of_the_others(sampler):
+    class Bad(Plugin):
+        def teardown(self):
+            raise RuntimeError("no")
+
+    with pytest.raises(PluginError, match="'Bad': ") as caught:
+        sampler("a", plugins=[Bad(), Bad(), Bad()], steps=1, seed=0)
+    assert ["'Bad#3'" in note for note in caught.value.__notes__] == [True, False]
+    assert "'Bad#2'" in caught.value.__notes__[1]
+
+
 def test_a_stream_shows_sigma_x0_and_a_preview(sampler):
     steps = list(sampler.stream("a cat", steps=4, seed=0, num_images=2, scheduler="euler"))
     assert [s.index for s in steps] == [0, 1, 2, 3]
@@ -359,7 +370,7 @@ def test_an_argument_that_a_hook_does_not_have_is_refused_with_those_it_has():
         def on_predicted_x0(self, x0, latents):
             return x0
 
-    with pytest.raises(PluginError, match=r"latents.*on_predicted_x0 takes: x0, step"):
+    with pytest.raises(PluginError, match=r"asks for latents; it takes: x0, step"):
         Stack([Wrong()])
 
 

@@ -86,7 +86,7 @@ def test_a_bare_function_is_a_guide(sampler):
         "a cat", plugins=[dark, lambda step: step.x0.square().mean((1, 2, 3))], steps=2
     )
     assert result.trace.plugins == ["dark", "guide"]
-    with pytest.raises(InputError, match="calls its function with the step alone"):
+    with pytest.raises(PluginError, match=r"'guide': .*takes 0 positional arguments"):
         sampler("a cat", plugins=[lambda: 3], steps=1)
 
 
@@ -105,18 +105,6 @@ def test_a_class_that_implements_no_hook_is_refused_with_the_near_name(sampler, 
 def test_a_method_whose_name_is_nearly_a_hooks_is_refused_at_its_definition(method):
     with pytest.raises(DefinitionError, match=f"Typo.{method} is not a hook. Did you mean"):
         type("Typo", (Guide,), {method: lambda self, step: dark(step)})
-
-
-def test_a_guide_without_its_loss_is_refused_where_another_method_looks_like_one(sampler):
-    class Half(Guide):
-        def loss(self, step):
-            return dark(step)
-
-        def before_step(self, step):
-            return None
-
-    with pytest.raises(PluginError, match=r"Half is a Guide without loss_guidance\(\).*loss\(\)"):
-        sampler("a", plugins=[Half()], steps=1)
 
 
 class Never(Guide):
@@ -217,7 +205,7 @@ def test_an_unknown_argument_of_a_hook_is_named_with_those_it_has(sampler):
         def before_step(self, step, latents):
             return latents
 
-    with pytest.raises(PluginError, match=r"'Asks'.*latents.*before_step takes: step, state"):
+    with pytest.raises(PluginError, match=r"'Asks'.*asks for latents; it takes: step, state"):
         sampler("a", plugins=[Asks()], steps=1)
 
 

@@ -125,10 +125,11 @@ def test_a_hard_edge_takes_whole_cells_covered_by_more_than_half():
     assert region.of((4, 4))[0, 0, 0].tolist() == [1, 0, 0, 0]
     assert region.of((1, 20))[0, 0, 0].tolist() == [1] * 7 + [0] * 13
     assert region.area == pytest.approx(0.35, abs=0.01)
-    thin = Region("plugin 'blue'", (0.0, 0.0, 0.0005, 1.0), 0.0, hard=True)
+    thin = Region("plugin 'blue'", (0.0, 0.0, 0.1, 1.0), 0.0, hard=True)
     with pytest.raises(SettingsError, match=r"plugin 'blue': mask_edge='hard' .* 4 x 4 it covers"):
         thin.of((4, 4))
-    assert thin.area > 0
+    with pytest.raises(SettingsError, match="of 512 x 512 it covers none"):
+        Region("plugin 'blue'", (0.0, 0.0, 0.0005, 1.0), 0.0, hard=True)
     assert read_region("a guide", (0.0, 0.0, 0.35, 1.0), 0.4, "hard").of((1, 20)).sum() == 7
 
 

@@ -19,13 +19,13 @@ from pilotfish.guidance.gradients import (
     without_conflicts,
 )
 from pilotfish.guidance.graph import Leaves, SharedGraph
-from pilotfish.guidance.moves import UNIT, Place, combine
+from pilotfish.guidance.moves import Place, combine
 from pilotfish.guidance.noise import NoiseLevel
 from pilotfish.guidance.presets import find_preset
 from pilotfish.testing import GaussianModel
 
 ROOT = Path(__file__).parents[1]
-SCALE_FREE = [name for name, preset in PRESETS.items() if preset.rule in UNIT]
+SCALE_FREE = [name for name, preset in PRESETS.items() if preset.normalizes]
 LEVEL = NoiseLevel(0.6, 0.8, 1 / 0.6, -0.8 / 0.6, "epsilon")
 FOLLOWING = NoiseLevel(0.8, 0.6, 1 / 0.8, -0.6 / 0.8, "epsilon")
 PULL = 0.3  # of the prompt, on x0

@@ -89,7 +89,7 @@ def explain(error: Any, fields: Mapping[str, Any], kind: str) -> str:
 
 def _sentence(problem: Mapping[str, Any], fields: Mapping[str, Any], kind: str) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         near = difflib.get_close_matches(name, fields, n=1)
         return f"no {kind} {name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
     if problem["type"] == "missing":

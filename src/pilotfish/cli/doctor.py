@@ -25,7 +25,7 @@ from ..hooks.registry import (
     find,
     installed,
     load_class,
-    load_command,
+    load_installed,
     load_object,
 )
 from .listing import columns, limit_note, metadata_problem
@@ -70,7 +70,9 @@ def examine() -> tuple[str, int]:
         "model families": list(offers(FAMILY_GROUP, _check_family)),
         "models": list(offers(MODEL_GROUP, _check_model)),
         "plugins": list(offers(PLUGIN_GROUP, _check_plugin)),
-        "commands": list(offers(COMMAND_GROUP, lambda entry: load_command(entry.name))),
+        "commands": list(
+            offers(COMMAND_GROUP, lambda entry: load_installed(entry.name, COMMAND_GROUP))
+        ),
     }
     parts = []
     for title, findings in sections.items():

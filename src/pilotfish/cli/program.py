@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PilotfishError, unknown
-from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, installed, limit, load_command
+from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, installed, limit, load_installed
 from .listing import remark
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -121,7 +121,7 @@ class Added(click.Command):
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> click.Context:
         """The context of the package's own command, which so takes this one's place."""
-        command: click.Command = load_command(str(self.name))
+        command: click.Command = load_installed(str(self.name), COMMAND_GROUP)
         if not any(option.name == "debug" for option in command.params):
             debug_option(command)
         return command.make_context(info_name, args, parent, **extra)

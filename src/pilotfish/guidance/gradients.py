@@ -15,13 +15,14 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .graph import Leaves, SharedGraph
 from .noise import at_least_float32
+from .presets import Preset
 
 End = Literal["x0", "latents"]
 Leaf = tuple[int, str]  # which sample of x0, and the form in which a guide read it
@@ -70,7 +71,7 @@ class Pull:
     def fault(self) -> str | None:
         """What is not finite in it, or None."""
         if not self.loss.isfinite().all():
-            return f"returned a loss that is not finite: {_listed(self.loss)}"
+            return f"returned a loss that is not finite: {self.loss.tolist()}"
         for (_, leaf), gradient in self.gradients.items():
             if bad := int((~gradient.isfinite()).sum()):
                 values = f"{bad} of {gradient.numel()} values of step.{leaf}"
@@ -96,12 +97,12 @@ def averaged(samples: Sequence[Pull]) -> Pull:
         for k, (weight, pull) in enumerate(zip(weights, samples, strict=True))
         for (_, name), gradient in pull.times(weight).items()
     }
-    loss = math.log(len(samples)) - losses.neg().logsumexp(dim=0)
-
-    def seconds() -> float:
-        return sum(pull.seconds() for pull in samples)
-
-    return replace(samples[0], loss=loss, gradients=gradients, seconds=seconds)
+    return replace(
+        samples[0],
+        loss=math.log(len(samples)) - losses.neg().logsumexp(dim=0),
+        gradients=gradients,
+        seconds=lambda: sum(pull.seconds() for pull in samples),
+    )
 
 
 def cosines(pulls: Sequence[Pull]) -> Tensor:
@@ -137,11 +138,9 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
     if not isinstance(loss, Tensor):
         raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
     if loss.shape != (num_images,) and not (loss.ndim == 0 and num_images == 1):
-        axes = {2: "the last axis", 3: "the last two axes", 4: "the last three axes"}
         raise LossFault(
             f"returned shape {tuple(loss.shape)}; expected one value per image, shape "
-            f"({num_images},): reduce over {axes.get(loss.ndim, 'all axes but the first')}, never "
-            "over the batch"
+            f"({num_images},): reduce over all axes but the first, never over the batch"
         )
     if not loss.requires_grad or not leaves.read:
         raise LossFault(
@@ -156,8 +155,7 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
     return gradients
 
 
-@dataclass(frozen=True)
-class Sum:
+class Sum(NamedTuple):
     """Weighted gradients in one.
 
     Attributes:
@@ -170,47 +168,37 @@ class Sum:
 
 
 def sum_at_x0(
-    graphs: Sequence[SharedGraph],
-    weighted: Sequence[Gradients],
-    *,
-    keep_size: bool,
-    project: bool,
-    retain_graph: bool = False,
+    graphs: Sequence[SharedGraph], weighted: Sequence[Gradients], preset: Preset, retain: bool
 ) -> Sum:
     """The guides' weighted gradients, pulled back to x0 in one: one product for each leaf.
+
+    Under "project" each guide's is pulled back on its own: only there, where the move is made,
+    shows who pulls against whom. What is harmless in the picture may not be in the latents.
 
     Args:
         graphs: one for each sample of x0.
         weighted: one for each guide; empty where it has no part in this.
-        keep_size: each leaf's sum keeps the root mean square that it has at the leaf, so that a
-            guide on the image and one on x0 weigh the same, and opposed guides cancel.
-        project: see `without_conflicts`. Each guide's gradient is then pulled back on its own: only
-            there, where the move is made, shows who pulls against whom. What is harmless in the
-            picture may not be in the latents.
+        retain: whether the graphs are needed once more.
     """
-    if not project:
-        return _pulled_to_x0(graphs, weighted, keep_size, retain_graph)
-    used = [i for i, w in enumerate(weighted) if w]
-    sums = []
-    for i in used:
-        alone = [w if i == j else {} for j, w in enumerate(weighted)]
-        retain = retain_graph or i != used[-1]
-        sums.append(_pulled_to_x0(graphs, alone, keep_size, retain))
-    gradient = _sum(without_conflicts([s.gradient for s in sums]))
-    return Sum(gradient, _sum(s.parts for s in sums))
+    if preset.combine == "sum":
+        return _pulled_to_x0(graphs, weighted, preset, retain)
+    alone = [[w if w is own else {} for w in weighted] for own in weighted if own]
+    sums = [_pulled_to_x0(graphs, w, preset, retain or w is not alone[-1]) for w in alone]
+    gradients = without_conflicts([s.gradient for s in sums])
+    return Sum(total_of(gradients), total_of(s.parts for s in sums))
 
 
 def _pulled_to_x0(
-    graphs: Sequence[SharedGraph], weighted: Sequence[Gradients], keep_size: bool, retain: bool
+    graphs: Sequence[SharedGraph], weighted: Sequence[Gradients], preset: Preset, retain: bool
 ) -> Sum:
     pulled, to_x0 = [], {}
     for leaf in _leaves_of(weighted):
         sample, name = leaf
-        total = _sum(w[leaf] for w in weighted if leaf in w)
+        total = total_of(w[leaf] for w in weighted if leaf in w)
         at_x0 = graphs[sample].to_x0(name, total, retain)
-        pulled.append(resized(at_x0, rms(total)) if keep_size else at_x0)
+        pulled.append(resized(at_x0, rms(total)) if preset.normalizes else at_x0)
         to_x0[leaf] = rms(pulled[-1]) * inverse(rms(total))  # from the leaf's units to those of x0
-    gradient = _sum(pulled)
+    gradient = total_of(pulled)
     none = gradient.new_zeros(len(gradient), 1, 1, 1)
     parts = [sum((rms(g) * to_x0[leaf] for leaf, g in w.items()), start=none) for w in weighted]
     return Sum(gradient, torch.stack(parts).flatten(1))
@@ -224,15 +212,14 @@ def without_conflicts(gradients: Sequence[Tensor]) -> list[Tensor]:
     longer, at most `LONGER` times, so that it lowers its guide's own loss as fast as all of it
     would have. Of two opposed guides, each then comes as far as alone.
     """
-    return [_without_conflicts(own, [g for g in gradients if g is not own]) for own in gradients]
-
-
-def _without_conflicts(gradient: Tensor, others: Iterable[Tensor]) -> Tensor:
-    left = gradient
-    for other in others:
-        left = left - _dot(left, other).clamp(max=0) * inverse(_dot(other, other)) * other
-    longer = _dot(gradient, gradient) * inverse(_dot(left, gradient))
-    return left * longer.clamp(max=LONGER)
+    kept = []
+    for own in gradients:
+        left = own
+        for other in (g for g in gradients if g is not own):
+            left = left - _dot(left, other).clamp(max=0) * inverse(_dot(other, other)) * other
+        longer = _dot(own, own) * inverse(_dot(left, own))
+        kept.append(left * longer.clamp(max=LONGER))
+    return kept
 
 
 def _leaves_of(gradients: Iterable[Gradients]) -> list[Leaf]:
@@ -244,7 +231,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
 
 
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
+def total_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum."""
     first, *rest = tensors
     return sum(rest, start=first)
 
@@ -263,7 +251,3 @@ def resized(tensor: Tensor, size: Tensor) -> Tensor:
 def inverse(tensor: Tensor) -> Tensor:
     """1/x, and 0 where x is 0: no gradient, no move."""
     return torch.where(tensor > 0, 1 / torch.where(tensor > 0, tensor, 1), 0)
-
-
-def _listed(values: Tensor) -> str:
-    return ", ".join(f"{v:.3g}" for v in values.detach().flatten().tolist())

@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(eq=False)
 class SharedGraph:
     """What all guides of one step share: latents -> x0 -> rgb and image, each built at most once.
 
-    Args:
-        x0: predicted clean latents (B, C, H, W), with a graph to `latents` where that is given.
+    Attributes:
+        predicted: clean latents (B, C, H, W), with a graph to `latents` where that is given.
         decode: x0 -> image (B, 3, 8H, 8W).
         to_rgb: x0 -> rgb (B, 3, H, W).
         latents: the leaf that the graph of x0 starts from, if any guide's gradient goes there.
+        x0: where guides see it; None is what was predicted.
+        spans: of building.
     """
 
-    def __init__(
-        self,
-        x0: Tensor,
-        decode: Callable[[Tensor], Tensor],
-        to_rgb: Callable[[Tensor], Tensor],
-        latents: Tensor | None = None,
-    ) -> None:
-        self._predicted, self._latents = x0, latents
-        self._x0 = x0.detach().requires_grad_()
-        self._build = {"x0": lambda x0: x0, "rgb": to_rgb, "image": decode}
-        self._nodes: dict[str, Tensor] = {}
-        self.spans: list[Span] = []  # of building
+    predicted: Tensor
+    decode: Callable[[Tensor], Tensor]
+    to_rgb: Callable[[Tensor], Tensor]
+    latents: Any = None
+    x0: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        x0 = self.predicted if self.x0 is None else self.x0
+        self._nodes = {"x0": x0.detach().requires_grad_()}
+        self.spans: list[Span] = []
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self._x0.device
+        return self.predicted.device
 
     def shifted(self, offset: Tensor) -> SharedGraph:
         """The graph of this x0 plus a constant, over the same network."""
-        other = SharedGraph(self._x0.detach() + offset, self._build["image"], self._build["rgb"])
-        other._predicted, other._latents = self._predicted, self._latents
-        return other
+        return replace(self, x0=self._nodes["x0"].detach() + offset)
 
     def node(self, name: str) -> Tensor:
         """The graph's own value of that name, built on first use."""
         if name not in self._nodes:
+            build = self.decode if name == "image" else self.to_rgb
             start = mark(self.device)
             with torch.enable_grad():
-                self._nodes[name] = self._build[name](self._x0)
+                self._nodes[name] = build(self._nodes["x0"])
             self.spans.append((start, mark(self.device)))
         return self._nodes[name]
 
@@ -57,13 +58,11 @@ class SharedGraph:
         """Pull a gradient at one leaf back to x0: one vector-Jacobian product."""
         if name == "x0":
             return cotangent
-        return _pull_back(self.node(name), self._x0, cotangent, retain_graph)
+        return _pull_back(self.node(name), self._nodes["x0"], cotangent, retain_graph)
 
     def to_latents(self, cotangent: Tensor) -> Tensor:
         """Pull a gradient at x0 back to the latents, through the network."""
-        if self._latents is None:
-            raise ValueError("this graph's x0 has no graph to the latents")
-        return _pull_back(self._predicted, self._latents, cotangent, retain_graph=False)
+        return _pull_back(self.predicted, self.latents, cotangent, retain_graph=False)
 
 
 def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: bool) -> Tensor:
@@ -112,10 +111,8 @@ def mark(device: torch.device) -> Any:
 
 def seconds(spans: Iterable[Span]) -> float:
     """The sum of spans that the device has done."""
-    return sum(_between(start, end) for start, end in spans)
-
-
-def _between(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return float(end - start)
-    return float(start.elapsed_time(end)) / 1000  # CUDA's milliseconds
+    times = [
+        end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+        for start, end in spans
+    ]
+    return float(sum(times))

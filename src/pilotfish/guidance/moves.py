@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gradients import End, Gradients, Pull, Sum, inverse, resized, rms, sum_at_x0
+from .gradients import End, Gradients, Pull, Sum, inverse, resized, rms, sum_at_x0, total_of
 from .graph import SharedGraph
 from .noise import CLEAN, NoiseLevel, at_least_float32
 from .presets import Preset
@@ -38,7 +38,6 @@ from .presets import Preset
 # guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
 # Measured: docs/guidance.md, "Without a prompt".
 UNPROMPTED_PULL = 0.1
-UNIT = ("rms", "sphere")  # the rules that do not see how large a loss is
 ENDS: tuple[End, ...] = ("latents", "x0")
 
 Descent = Callable[[Tensor], tuple[list[SharedGraph], list[Pull]]]
@@ -94,64 +93,46 @@ def combine(
     sums = _sums(graphs, pulls, preset)
     moves = []
     if "latents" in sums:
-        gradient = _through_network(graphs[0], sums["latents"].gradient, preset)
+        gradient = graphs[0].to_latents(sums["latents"].gradient)
+        if preset.normalizes:
+            gradient = resized(gradient, rms(sums["latents"].gradient))
         moves.append(preset.rho * place.schedule * _of_latents(gradient, preset, place))
     if "x0" in sums:
         move = _of_x0(sums["x0"].gradient, preset, place)
         for _ in range(1, preset.iterations):
             shifted, further = descend(move)
             if further:
-                gradient = _summed(shifted, further, preset, "x0").gradient
+                gradient = _sum(shifted, further, preset, "x0", retain=False).gradient
                 move = move + _of_x0(gradient, preset, place)
         moves.append(move * _per_x0(preset, place))
-    parts = torch.stack([s.parts for s in sums.values()]).sum(dim=0)
-    shares = parts * inverse(parts.sum(dim=0))
-    return Move(_trusted(sum(moves[1:], start=moves[0]), preset, place), shares)
-
-
-def _trusted(move: Tensor, preset: Preset, place: Place) -> Tensor:
-    """No longer than the preset's bound."""
-    if preset.trust is None:
-        return move
-    longest = preset.trust * place.pull_in("x0") * _per_x0(preset, place)
-    return move * (longest * inverse(rms(move))).clamp(max=1)
+    move = total_of(moves)
+    if preset.trust is not None:
+        longest = preset.trust * place.pull * _per_x0(preset, place)
+        move = move * (longest * inverse(rms(move))).clamp(max=1)
+    parts = total_of(s.parts for s in sums.values())
+    return Move(move, parts * inverse(parts.sum(dim=0)))
 
 
 def _sums(graphs: Sequence[SharedGraph], pulls: Sequence[Pull], preset: Preset) -> dict[End, Sum]:
     """The guides' weighted gradients in one, at x0, for each of the ends where any of them ends."""
     ends = [end for end in ENDS if any(end in pull.ends for pull in pulls)]
     if all(len(pull.ends) == len(ENDS) for pull in pulls):
-        return dict.fromkeys(ends, _summed(graphs, pulls, preset, "x0"))
-    return {end: _summed(graphs, pulls, preset, end, retain=end != ends[-1]) for end in ends}
+        return dict.fromkeys(ends, _sum(graphs, pulls, preset, "x0", retain=False))
+    return {end: _sum(graphs, pulls, preset, end, retain=end != ends[-1]) for end in ends}
 
 
-def _summed(
-    graphs: Sequence[SharedGraph],
-    pulls: Sequence[Pull],
-    preset: Preset,
-    end: End,
-    *,
-    retain: bool = False,
+def _sum(
+    graphs: Sequence[SharedGraph], pulls: Sequence[Pull], preset: Preset, end: End, retain: bool
 ) -> Sum:
     """Of the guides whose gradients end there."""
-    return sum_at_x0(
-        graphs,
-        [_weighted(pull, preset) if end in pull.ends else {} for pull in pulls],
-        keep_size=preset.rule in UNIT,
-        project=preset.combine == "project",
-        retain_graph=retain,
-    )
-
-
-def _through_network(graph: SharedGraph, at_x0: Tensor, preset: Preset) -> Tensor:
-    at_latents = graph.to_latents(at_x0)
-    return resized(at_latents, rms(at_x0)) if preset.rule in UNIT else at_latents
+    weighted = [_weighted(pull, preset) if end in pull.ends else {} for pull in pulls]
+    return sum_at_x0(graphs, weighted, preset, retain)
 
 
 def _weighted(pull: Pull, preset: Preset) -> Gradients:
     """A guide's gradient times its scale and what the rule asks for."""
     factor = torch.full_like(pull.norm, pull.scale)
-    if preset.rule in UNIT:
+    if preset.normalizes:
         factor = factor * pull.unit()
     elif preset.rule == "residual":  # the gradient of the loss's root
         factor = factor * inverse(2 * pull.loss.clamp(min=0).sqrt()).to(factor.dtype)
@@ -164,7 +145,7 @@ def _of_latents(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
     if preset.rule == "sphere":
         return -gradient
     if preset.rule == "rms" and preset.units == "x0":
-        return -place.pull_in("x0") * gradient * _per_x0(preset, place)
+        return -place.pull * gradient * _per_x0(preset, place)
     if preset.rule == "rms":
         move = -level.norm * place.pull_in("eps") * gradient
     else:

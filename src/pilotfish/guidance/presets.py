@@ -56,7 +56,7 @@ class Preset:
         source: where it comes from.
     """
 
-    name: str
+    name: str = "unnamed"
     gradient: Literal["x0", "latents", "both"]
     applied_to: Literal["latents", "prediction", "after_step"]
     rule: Literal["sigma2", "rms", "residual", "plain", "sphere"]
@@ -82,8 +82,11 @@ class Preset:
             raise ValueError(f"rule 'sphere' turns the noise of a done step: it takes {fitting}")
         if self.rule == "sphere" and self.trust is not None:
             raise ValueError("rule 'sphere' keeps the length of the step's noise: no trust")
-        if self.samples > 1 and self.smoothing == 0:
-            raise ValueError("samples > 1 need smoothing > 0: without noise they are all the same")
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the rule does not see how large a loss is."""
+        return self.rule in ("rms", "sphere")
 
     def repeats(self, progress: float) -> int:
         """How often the step at that fraction of the run is taken."""
@@ -96,11 +99,9 @@ class Preset:
 
     def changes(self) -> dict[str, Any]:
         """What a run file needs: `base`, and the knobs that differ from it; all without a base."""
-        knobs = dataclasses.asdict(self)
-        if self.name not in PRESETS:
-            return {key: value for key, value in knobs.items() if value is not None}
-        base = PRESETS[self.name]
-        return {"base": self.name, **{k: v for k, v in knobs.items() if v != getattr(base, k)}}
+        base = dataclasses.asdict(PRESETS[self.name]) if self.name in PRESETS else {}
+        knobs = {k: v for k, v in dataclasses.asdict(self).items() if v != base.get(k)}
+        return {"base": self.name, **knobs} if base else knobs
 
 
 def within(progress: float, start: float, stop: float) -> bool:
@@ -108,13 +109,11 @@ def within(progress: float, start: float, stop: float) -> bool:
     return start <= progress < stop
 
 
-def _shipped() -> dict[str, Preset]:
-    text = resources.files(__package__).joinpath("presets.toml").read_text(encoding="utf-8")
-    return {name: Preset(name=name, **knobs) for name, knobs in tomllib.loads(text).items()}
-
-
-PRESETS = _shipped()
+_SHIPPED = resources.files(__package__).joinpath("presets.toml").read_text(encoding="utf-8")
+PRESETS = {name: Preset(name=name, **knobs) for name, knobs in tomllib.loads(_SHIPPED).items()}
 """The presets by their names."""
+
+KNOBS = tuple(Preset.__dataclass_fields__)
 
 
 def find_preset(preset: str | Path | Preset | Mapping[str, Any]) -> Preset:
@@ -127,13 +126,12 @@ def find_preset(preset: str | Path | Preset | Mapping[str, Any]) -> Preset:
         return preset
     if isinstance(preset, Mapping):
         return _from_table(preset)
-    if isinstance(preset, Path) or (isinstance(preset, str) and preset.endswith(".toml")):
+    name = str(preset)
+    if name.endswith(".toml"):
         return _from_file(Path(preset))
-    if not isinstance(preset, str):
-        raise InputError(f"preset must be a name, a table or a Preset; got {preset!r}")
-    if preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
-    return PRESETS[preset]
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return PRESETS[name]
 
 
 def _from_file(path: Path) -> Preset:
@@ -148,18 +146,8 @@ def _from_table(table: Mapping[str, Any]) -> Preset:
     knobs = dict(table)
     if base := knobs.pop("base", None):
         knobs = {**dataclasses.asdict(find_preset(base)), **knobs}
-    label = f"preset {knobs.get('name', '')!r}"
-    if missing := ", ".join(sorted(REQUIRED - knobs.keys())):
-        raise InputError(f"{label}: {missing} must be given, or `base`, the name of a preset")
-    for knob in knobs:
-        if knob not in KNOBS:
-            raise unknown("knob", knob, KNOBS)
     try:
-        return Preset(**{"name": "unnamed", **knobs})
+        return Preset(**knobs)
     except pydantic.ValidationError as error:
         problems = explain(error, Preset.__dataclass_fields__, "knob").removesuffix(".")
-        raise InputError(f"{label}: {problems}") from None
-
-
-REQUIRED = {"gradient", "applied_to", "rule"}
-KNOBS = tuple(field.name for field in dataclasses.fields(Preset))
+        raise InputError(f"preset {knobs.get('name', 'unnamed')!r}: {problems}") from None

@@ -27,6 +27,9 @@ class Region:
     Attributes:
         area: the mean of its square: what part of the picture it is.
         hard: as given.
+
+    Raises:
+        SettingsError: it is hard, and so fine that no picture holds any of it.
     """
 
     def __init__(
@@ -35,10 +38,7 @@ class Region:
         self._owner, self._mask, self.hard = owner, mask, hard
         self._soft_edge = 0.0 if hard else soft_edge
         self.of = lru_cache(maxsize=4)(self._of)
-        covered = self._covered((SIDE, SIDE))
-        inside = (covered > 0.5).double() if hard else covered
-        # Hard and finer than these cells, it may still hold some of the picture's own.
-        self.area = float((inside if inside.any() else covered).square().mean())
+        self.area = float(self.of((SIDE, SIDE)).double().square().mean())
 
     def _of(self, size: tuple[int, int]) -> Tensor:
         """The mask (1, 1, height, width) in [0, 1], float32.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pydantic
 from pydantic import Field as Setting
 
-from ..errors import DefinitionError, InputError, PluginError, SettingsError, explain, in_utf8
+from ..errors import DefinitionError, InputError, SettingsError, explain, in_utf8
 from ..guidance.presets import within
 from .area import Area
 from .specs import KINDS, hookimpl
@@ -28,10 +28,10 @@ def implemented(plugin: object) -> list[str]:
     return [hook for hook in KINDS if hasattr(getattr(plugin, hook, None), "pilotfish_impl")]
 
 
-def near_hooks(name: str, cutoff: float = 0.8) -> list[str]:
+def near_hooks(name: str) -> list[str]:
     """The hooks that a method's name is a typo of, or has the words of in another order."""
     turned = [hook for hook in KINDS if set(name.split("_")) == set(hook.split("_"))]
-    return turned or difflib.get_close_matches(name, KINDS, n=1, cutoff=cutoff)
+    return turned or difflib.get_close_matches(name, KINDS, n=1, cutoff=0.8)
 
 
 class Plugin:
@@ -145,10 +145,12 @@ def guide(
             `soft_edge`, `mask_edge`.
 
     Raises:
-        InputError: not a function of one argument, or not a name.
+        InputError: not a function, or not a name.
         SettingsError: a setting is unknown or out of range.
     """
-    _check_function(function)
+    if not callable(function) or inspect.isclass(function):
+        example = "lambda step: step.rgb.var(dim=(1, 2, 3))"
+        raise InputError(f"guide() takes a function of the step, as {example}; got {function!r}")
     own = getattr(function, "__name__", "guide").replace("<lambda>", "guide")
 
     class Function(Guide):
@@ -159,18 +161,6 @@ def guide(
 
     Function.__name__ = own if name is None else check_name(name)
     return Function(**settings)
-
-
-def _check_function(function: object) -> None:
-    if not callable(function) or inspect.isclass(function):
-        example = "lambda step: step.rgb.var(dim=(1, 2, 3))"
-        raise InputError(f"guide() takes a function of the step, as {example}; got {function!r}")
-    try:
-        inspect.signature(function).bind("step")
-    except TypeError as error:
-        raise InputError(f"guide() calls its function with the step alone: {error}") from None
-    except ValueError:
-        pass  # some functions written in C have no signature
 
 
 def check_name(name: str) -> str:
@@ -184,17 +174,8 @@ def check_name(name: str) -> str:
     return name
 
 
-def check_instance(plugin: object, name: str) -> None:
-    """Refuse what can never act: a class, an object without hooks, one that was never set up.
-
-    Raises:
-        PluginError: says what to write instead.
-    """
-    if problem := _instance_problem(plugin):
-        raise PluginError(f"plugin {name!r}: {problem}", plugin=name)
-
-
-def _instance_problem(plugin: object) -> str | None:
+def instance_problem(plugin: object) -> str | None:
+    """Why it can never act, and what to write: a class, no hooks, one that was never set up."""
     if isinstance(plugin, type):
         return f"got the class {plugin.__qualname__}; pass an instance: {plugin.__name__}(...)"
     kind = type(plugin).__name__
@@ -203,26 +184,14 @@ def _instance_problem(plugin: object) -> str | None:
         if member is not None and not callable(getattr(member, "__func__", member)):
             what = type(member).__name__
             return f"{kind}.{hook} is a {what}; a hook is a method: def {hook}(self, ...)"
-    hooks = implemented(plugin)
     if isinstance(plugin, Plugin) and "settings" not in vars(plugin):
         return f"{kind}.__init__ sets no settings; begin it with super().__init__(**settings)"
-    if isinstance(plugin, Guide) and hooks and "loss_guidance" not in hooks:
-        hint = _hint(type(plugin))
-        return hint and f"{kind} is a Guide without loss_guidance(). {hint}"
-    if hooks:
+    if implemented(plugin):
         return None
-    advice = "Inherit from pilotfish.Plugin or mark its methods with @pilotfish.hookimpl."
-    if isinstance(plugin, Plugin):
-        advice = _hint(type(plugin)) or f"Hooks: {', '.join(KINDS)}"
+    advice = f"Hooks: {', '.join(KINDS)}"
+    if not isinstance(plugin, Plugin):
+        advice = "Inherit from pilotfish.Plugin or mark its methods with @pilotfish.hookimpl."
+    for name in vars(type(plugin)) if isinstance(plugin, Plugin) else ():
+        if alike := [hook for hook in KINDS if set(name.split("_")) & set(hook.split("_"))]:
+            advice = f"Did you mean {alike[0]} where it has {name}()?"
     return f"{kind} implements no hook. {advice}"
-
-
-def _hint(plugin: type[Any]) -> str:
-    """The hooks that its own methods' names are near to; empty where none is."""
-    own = (name for name in dir(plugin) if not hasattr(Guide, name) and name not in KINDS)
-    for name in (name for name in own if callable(getattr(plugin, name))):
-        bare = name.strip("_")
-        alike = [hook for hook in KINDS if set(bare.split("_")) & set(hook.split("_"))]
-        if near := near_hooks(bare, 0.5) or alike:
-            return f"Did you mean {' or '.join(near[:2])} where it has {name}()?"
-    return ""

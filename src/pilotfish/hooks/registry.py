@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import InputError, PilotfishError, PluginError, unknown
-from .plugin import Plugin, check_instance, check_name, guide, implemented
+from .plugin import Plugin, check_name, guide, implemented, instance_problem
 from .use import parse_use
 
 LIMIT = "PILOTFISH_PLUGINS"
@@ -180,20 +180,6 @@ def load_installed(name: str, group: str = PLUGIN_GROUP) -> Any:
     return load_object(entry.target, f"{KINDS[group]} {name!r} ({entry.package})")
 
 
-def load_command(name: str) -> Any:
-    """The click command that an installed package offers by this name.
-
-    Raises:
-        InputError: two packages claim the name.
-        PluginError: its module does not import, or it is no click command.
-    """
-    command = load_installed(name, COMMAND_GROUP)
-    if not callable(getattr(command, "make_context", None)):
-        owner = f"command {name!r} ({find(name, COMMAND_GROUP).package})"
-        raise PluginError(f"{owner} is {command!r}; expected a click command", plugin=owner)
-    return command
-
-
 def load_class(use: str) -> type[Any]:
     """The plugin class that `use` names: an installed name, `file.py:Class` or `module:Class`."""
     if file := re.fullmatch(r"(.*\.py)(?::(.*))?", use):
@@ -212,11 +198,8 @@ def _class_in_file(path: Path, name: str | None) -> type[Any]:
     if not path.is_file():
         raise InputError(f"no plugin file {path}; expected PATH.py:Class")
     module = _file_as_module(path)
-    classes = {
-        n: c
-        for n, c in vars(module).items()
-        if inspect.isclass(c) and issubclass(c, Plugin) and c.__module__ == module.__name__
-    }
+    own = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)
+    classes = {c.__name__: c for c in own if inspect.isclass(c) and issubclass(c, Plugin)}
     if not name and len(classes) == 1:
         (name,) = classes
     if name not in classes:
@@ -251,26 +234,29 @@ def resolve(item: object) -> Entry:
     """
     if isinstance(item, str):
         use, settings = parse_use(item)
-        return _make(use, None, settings)
+        item = {**settings, "use": use}
     if isinstance(item, Mapping):
-        settings = dict(item)
-        if not isinstance(settings.get("use"), str):
-            raise InputError(f"a plugin table needs `use`, the plugin's name; got {dict(item)!r}")
-        return _make(settings.pop("use"), settings.pop("name", None), settings)
-    if callable(item) and not inspect.isclass(item) and not implemented(item):
-        item = guide(item)
-    check_instance(item, type(item).__name__)
-    return Entry(item, use_of(type(item)))
+        entry = _made(item)
+    else:
+        if callable(item) and not inspect.isclass(item) and not implemented(item):
+            item = guide(item)
+        entry = Entry(item, use_of(type(item)))
+    if problem := instance_problem(entry.plugin):
+        name = entry.use or type(entry.plugin).__name__
+        raise PluginError(f"plugin {name!r}: {problem}", plugin=name)
+    return entry
 
 
-def _make(use: str, name: str | None, settings: Mapping[str, Any]) -> Entry:
+def _made(table: Mapping[str, Any]) -> Entry:
+    settings = dict(table)
+    use, name = settings.pop("use", None), settings.pop("name", None)
+    if not isinstance(use, str):
+        raise InputError(f"a plugin table needs `use`, the plugin's name; got {dict(table)!r}")
     if name is not None:
         check_name(name)
     loaded = load_class(use)
     with foreign(f"plugin {use!r} cannot be made:", use):
-        plugin = loaded(**settings)
-    check_instance(plugin, use)
-    return Entry(plugin, use, name)
+        return Entry(loaded(**settings), use, name)
 
 
 def use_of(plugin: type[Any]) -> str:

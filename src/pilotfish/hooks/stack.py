@@ -6,7 +6,6 @@ returned what. So calls are folded here over its `get_hookimpls()`, in the user'
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 import pluggy
 from torch import Tensor
 
-from ..errors import InputError, PluginError
+from ..errors import InputError, PluginError, unknown
 from . import specs
 from .plugin import Plugin
 from .registry import Entry, foreign, resolve
@@ -77,11 +76,14 @@ class Stack:
             self._manager.register(plugin, name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
-            what = str(error).splitlines()[-1]
-            known = f"Hooks: {', '.join(specs.KINDS)}"
-            if hook := next((h for h in specs.KINDS if f"hook {h!r}" in str(error)), None):
-                known = f"{hook} takes: {', '.join(signature(getattr(specs, hook)).parameters)}"
-            raise PluginError(f"{self.label(name)}: {what}. {known}", plugin=name) from error
+            (hook,) = re.findall(r"hook '(\w+)'", str(error))
+            if hook not in specs.KINDS:
+                what = f"{self.label(name)}: {unknown('hook', hook, specs.KINDS)}"
+                raise PluginError(what, plugin=name) from None
+            asked = re.findall(r"'(\w+)'", str(error).splitlines()[-1])
+            takes = ", ".join(signature(getattr(specs, hook)).parameters)
+            what = f"asks for {', '.join(asked) or 'what it wraps'}; it takes: {takes}"
+            self.blame(name, hook, what)
         except ValueError as error:
             twice = "stands in the list twice as one object; make two instances"
             raise InputError(f"{self.label(name)} {twice}") from error
@@ -169,11 +171,19 @@ class Stack:
                 yield call.name, answer
 
     def teardown(self, arguments: Arguments) -> None:
-        """Tear all down, in reverse, whatever they raise; then raise the last error."""
-        with contextlib.ExitStack() as undone:
-            undone.callback(self._states.clear)
-            for call in self.calls["teardown"]:
-                undone.callback(self.call, call, arguments(call.name, None))
+        """Tear all down, in reverse, whatever they raise; the last error tells of the others."""
+        errors: list[BaseException] = []
+        for call in reversed(self.calls["teardown"]):
+            try:
+                self.call(call, arguments(call.name, None))
+            except BaseException as error:
+                errors.append(error)
+        self._states.clear()
+        if errors:
+            *others, last = errors
+            for other in others:
+                last.add_note(f"and before it: {other}")
+            raise last
 
 
 def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ..errors import InputError
@@ -16,22 +17,18 @@ def parse_use(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         InputError: a quote or bracket is not closed, or a setting has no `=`.
     """
-    parts = split_outside(text, ":", limit=3)
-    use = parts.pop(0).strip()
-    if parts and "=" not in split_outside(parts[0], ",")[0]:
-        use += ":" + parts.pop(0).strip()
-    settings_text = ":".join(parts)
-    if not use:
+    found = re.fullmatch(r"([^:]+(?::[^:=,]+)?)(?::(.*=.*)?)?", text, re.DOTALL)
+    if not found:
         raise InputError(f"expected NAME or NAME:setting=value,...; got {text!r}")
-    settings = {}
-    for part in split_outside(settings_text, ",") if settings_text.strip() else []:
+    settings: dict[str, Any] = {}
+    for part in split_values(found[2]) if found[2] else []:
         key, equals, value = map(str.strip, part.partition("="))
         if not equals or not key:
             raise InputError(f"expected setting=value in {text!r}; got {part!r}")
         if key in settings:
             raise InputError(f"setting {key!r} is given twice in {text!r}")
         settings[key] = parse_value(value)
-    return use, settings
+    return found[1].strip(), settings
 
 
 def parse_value(text: str) -> Any:
@@ -42,7 +39,7 @@ def parse_value(text: str) -> Any:
         inner = text[1:-1].strip()
         return [parse_value(part) for part in split_values(inner)] if inner else []
     if text.startswith("{") and text.endswith("}"):
-        pairs = [split_outside(part, "=", limit=2) for part in split_outside(text[1:-1], ",")]
+        pairs = [split_outside(part, "=") for part in split_values(text[1:-1])]
         if any(len(pair) != 2 for pair in pairs):
             raise InputError(f"expected {{key=value, ...}}; got {text!r}")
         return {str(parse_value(k.strip())): parse_value(v.strip()) for k, v in pairs}
@@ -58,8 +55,8 @@ def split_values(text: str) -> list[str]:
     return [part.strip() for part in split_outside(text, ",")]
 
 
-def split_outside(text: str, separator: str, limit: int = 0) -> list[str]:
-    """Split at a separator that is not inside quotes or brackets; at most `limit` parts.
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split at a separator that is not inside quotes or brackets.
 
     A quote opens only where a value begins, so that an apostrophe inside a word is text.
     """
@@ -74,7 +71,7 @@ def split_outside(text: str, separator: str, limit: int = 0) -> list[str]:
             depth += 1
         elif char in "]}":
             depth -= 1
-        elif char == separator and depth == 0 and (not limit or len(parts) < limit - 1):
+        elif char == separator and depth == 0:
             parts.append(text[start:position])
             start = position + 1
     if quote or depth:

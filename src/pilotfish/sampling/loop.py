@@ -97,7 +97,8 @@ class Sampling:
             except PilotfishError as error:
                 if isinstance(first, GeneratorExit):
                     raise
-                first.add_note(f"and at teardown: {error}")
+                notes = [f"and at teardown: {error}", *getattr(error, "__notes__", ())]
+                first.add_note("\n".join(notes))
             raise
         self.stack.teardown(self._for_run)
 
