@@ -13,12 +13,21 @@ from emoji_training.networks import (
     AutoencoderKL,
     CLIPTokenizer,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
 )
 from emoji_training.tokenizer import write_clip_files
 from emoji_training.unet import NOISE, Denoiser
 
-KEPT = ("README.md", "classifier", "clip", "judge.safetensors", "scores.json", "sheet.png")
+KEPT = (
+    "README.md",
+    "classifier",
+    "clip",
+    "judge.safetensors",
+    "pilotfish.toml",
+    "scores.json",
+    "sheet.png",
+)
 
 
 def pipeline(
@@ -43,17 +52,24 @@ def pipeline(
 
 
 def export(folder: Path, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
-    """Writes the folder beside its place and renames it, so that no reader meets half of it.
+    """Writes the model's folder with fp16 weights."""
+    halves = copy.deepcopy(vae).cpu().half(), copy.deepcopy(denoiser).cpu().half()
+    write(folder, pipeline(*halves, tokenizer))
+
+
+def write(folder: Path, pipe: DiffusionPipeline) -> None:
+    """Writes the pipeline beside its place and renames it, so that no reader meets half of it.
 
     What lies beside the networks (model card, judge, CLIP, classifier, scores) is kept.
     """
     fresh = folder.with_name(folder.name + ".new")
     stale = folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
-    halves = copy.deepcopy(vae).cpu().half(), copy.deepcopy(denoiser).cpu().half()
-    pipeline(*halves, tokenizer).save_pretrained(fresh)
-    _forget_dtype(fresh / "text_encoder" / "config.json")
-    write_clip_files(fresh / "tokenizer")
+    pipe.save_pretrained(fresh)
+    for encoder in fresh.glob("text_encoder*"):
+        _forget_dtype(encoder / "config.json")
+    for tokenizer in fresh.glob("tokenizer*"):
+        write_clip_files(tokenizer)
     for name in KEPT:
         if (folder / name).is_dir():
             shutil.copytree(folder / name, fresh / name)
