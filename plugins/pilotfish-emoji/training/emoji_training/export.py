@@ -66,8 +66,8 @@ def write(folder: Path, pipe: DiffusionPipeline) -> None:
     stale = folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     pipe.save_pretrained(fresh)
-    for encoder in fresh.glob("text_encoder*"):
-        _forget_dtype(encoder / "config.json")
+    for config in fresh.glob("*/config.json"):
+        _tidy(config)
     for tokenizer in fresh.glob("tokenizer*"):
         write_clip_files(tokenizer)
     for name in KEPT:
@@ -82,10 +82,15 @@ def write(folder: Path, pipe: DiffusionPipeline) -> None:
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def _forget_dtype(path: Path) -> None:
-    """transformers would load fp16 weights as fp16; alone, the encoder shall be float32."""
+def _tidy(path: Path) -> None:
+    """Without the place that a network came from, which means nothing elsewhere.
+
+    transformers would load fp16 weights as fp16; alone, an encoder shall be float32.
+    """
     config = json.loads(path.read_text("utf-8"))
-    config["dtype"] = "float32"
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
