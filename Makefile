@@ -24,7 +24,7 @@ fast: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy src $(addsuffix src,$(PLUGINS)) plugins/pilotfish-emoji/training/emoji_training
+	$(BIN)/mypy src $(addsuffix src,$(PLUGINS)) $(wildcard plugins/*/training/*_training)
 
 # Not --quiet: that hides warnings from --strict too. The theme's notice is about MkDocs 2, which
 # constraints.txt keeps out.

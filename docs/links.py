@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PAGES = (
     *sorted(ROOT.glob("plugins/*/README.md")),
-    ROOT / "plugins/pilotfish-emoji/src/pilotfish_emoji/model/README.md",
+    *sorted(ROOT.glob("plugins/*/src/*/model/README.md")),
     ROOT / "benchmarks/README.md",
     ROOT / "CHANGELOG.md",
 )

@@ -13,12 +13,21 @@ from emoji_training.networks import (
     AutoencoderKL,
     CLIPTokenizer,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
 )
 from emoji_training.tokenizer import write_clip_files
 from emoji_training.unet import NOISE, Denoiser
 
-KEPT = ("README.md", "classifier", "clip", "judge.safetensors", "scores.json", "sheet.png")
+KEPT = (
+    "README.md",
+    "classifier",
+    "clip",
+    "judge.safetensors",
+    "pilotfish.toml",
+    "scores.json",
+    "sheet.png",
+)
 
 
 def pipeline(
@@ -43,17 +52,24 @@ def pipeline(
 
 
 def export(folder: Path, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
-    """Writes the folder beside its place and renames it, so that no reader meets half of it.
+    """Writes the model's folder with fp16 weights."""
+    halves = copy.deepcopy(vae).cpu().half(), copy.deepcopy(denoiser).cpu().half()
+    write(folder, pipeline(*halves, tokenizer))
+
+
+def write(folder: Path, pipe: DiffusionPipeline) -> None:
+    """Writes the pipeline beside its place and renames it, so that no reader meets half of it.
 
     What lies beside the networks (model card, judge, CLIP, classifier, scores) is kept.
     """
     fresh = folder.with_name(folder.name + ".new")
     stale = folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
-    halves = copy.deepcopy(vae).cpu().half(), copy.deepcopy(denoiser).cpu().half()
-    pipeline(*halves, tokenizer).save_pretrained(fresh)
-    _forget_dtype(fresh / "text_encoder" / "config.json")
-    write_clip_files(fresh / "tokenizer")
+    pipe.save_pretrained(fresh)
+    for config in fresh.glob("*/config.json"):
+        _tidy(config)
+    for tokenizer in fresh.glob("tokenizer*"):
+        write_clip_files(tokenizer)
     for name in KEPT:
         if (folder / name).is_dir():
             shutil.copytree(folder / name, fresh / name)
@@ -66,10 +82,15 @@ def export(folder: Path, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIP
     shutil.rmtree(stale, ignore_errors=True)
 
 
-def _forget_dtype(path: Path) -> None:
-    """transformers would load fp16 weights as fp16; alone, the encoder shall be float32."""
+def _tidy(path: Path) -> None:
+    """Without the place that a network came from, which means nothing elsewhere.
+
+    transformers would load fp16 weights as fp16; alone, an encoder shall be float32.
+    """
     config = json.loads(path.read_text("utf-8"))
-    config["dtype"] = "float32"
+    config.pop("_name_or_path", None)
+    if "dtype" in config:
+        config["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from emoji_training.loop import Run, adamw, train
 from emoji_training.muon import split_optimizers
-from emoji_training.world import dataset
+from emoji_training.world import EMOJI, World, dataset
 
 PICTURES = 16_384
 SEED = 90_001  # never the model's own pictures
@@ -42,10 +42,19 @@ def train_judge(*, num_steps: int, out: Path, target: Path) -> Judge:
     return judge
 
 
-def judge_run(judge: Judge, num_steps: int, checkpoint: Path, seed: int, *, batch: int = 64) -> Run:
+def judge_run(
+    judge: Judge,
+    num_steps: int,
+    checkpoint: Path,
+    seed: int,
+    *,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    world: World = EMOJI,
+) -> Run:
     """One cycle on fresh pictures of that seed."""
-    data = dataset(PICTURES, seed, held_out=True, workers=2)
-    truths = judged_labels(data.labels)
+    data = dataset(PICTURES, seed, held_out=True, workers=2, world=world)
+    truths = judged_labels(data.labels, len(world.objects))
 
     def loss(module: Judge, step: int, generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(truths), (batch,), generator=generator)
@@ -53,13 +62,17 @@ def judge_run(judge: Judge, num_steps: int, checkpoint: Path, seed: int, *, batc
         heads = zip(module(images), truths[chosen].unbind(1), strict=True)
         return torch.stack([functional.cross_entropy(*pair) for pair in heads]).sum()
 
-    return Run(judge, loss, num_steps, 2e-3, checkpoint, seed, weight_decay=0.05)
+    return Run(judge, loss, num_steps, learning_rate, checkpoint, seed, weight_decay=0.05)
 
 
-def judged_labels(labels: Tensor) -> Tensor:
-    """Labels (N, 3) without what a picture cannot tell: things, and colors that a style removes."""
+def judged_labels(labels: Tensor, objects: int = len(OBJECTS)) -> Tensor:
+    """Labels (N, 3) without what a picture cannot tell: things, and colors that a style removes.
+
+    Args:
+        objects: how many objects have a name; a thing's label comes after them.
+    """
     truths = labels.clone()
-    truths[labels[:, 0] == len(OBJECTS), 0] = IGNORED
+    truths[labels[:, 0] == objects, 0] = IGNORED
     for name in ("blueprint", "sepia", "negative"):
         truths[labels[:, 2] == JUDGED_STYLES.index(name), 1] = IGNORED
     return truths
@@ -86,7 +99,10 @@ def accuracies(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, float]
     answers = verdict.object, verdict.background, verdict.style
     rates = {}
     for name, answer, truth in zip(
-        ("object", "background", "style"), answers, judged_labels(labels).unbind(1), strict=True
+        ("object", "background", "style"),
+        answers,
+        judged_labels(labels, len(judge.objects)).unbind(1),
+        strict=True,
     ):
         told = truth != IGNORED
         rates[name] = float((answer.argmax(1) == truth)[told].float().mean())

@@ -7,6 +7,7 @@ mend_torchvision()
 from diffusers import (  # noqa: E402
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "CLIPTextModel",
     "CLIPTokenizer",
     "DDIMScheduler",
+    "DiffusionPipeline",
     "ResNetConfig",
     "ResNetForImageClassification",
     "StableDiffusionPipeline",

@@ -11,12 +11,12 @@ from random import Random
 import numpy as np
 import torch
 from pilotfish_emoji import judge as judges
-from pilotfish_emoji.names import BACKGROUNDS, FOLDER, HELD_OUT_PAIRS, OBJECTS, STYLES
+from pilotfish_emoji.names import FOLDER, STYLES
 from torch import Tensor
 
 from emoji_training.export import sample
 from emoji_training.networks import DDIMScheduler, StableDiffusionPipeline
-from emoji_training.world import caption, sheet
+from emoji_training.world import EMOJI, World, caption, sheet
 
 PROMPTS = 512
 SETTINGS = "DDIM, 25 steps, guidance 4"
@@ -37,14 +37,13 @@ class Wish:
         return caption(self.object, self.background, self.style)
 
 
-def plain_wishes(count: int, seed: int) -> list[Wish]:
+def plain_wishes(count: int, seed: int, world: World = EMOJI) -> list[Wish]:
     """Every object equally often, on random backgrounds of the pairs seen in training."""
     random = Random(seed)
     wishes = []
     for index in range(count):
-        name = OBJECTS[index % len(OBJECTS)]
-        seen = [color for color in BACKGROUNDS if (name, color) not in HELD_OUT_PAIRS]
-        wishes.append(Wish(name, random.choice(seen)))
+        name = world.objects[index % len(world.objects)]
+        wishes.append(Wish(name, random.choice(world.trained_backgrounds(name))))
     return wishes
 
 
@@ -56,9 +55,10 @@ def styled_wishes(count: int, seed: int) -> list[Wish]:
     ]
 
 
-def held_out_wishes(count: int) -> list[Wish]:
+def held_out_wishes(count: int, world: World = EMOJI) -> list[Wish]:
     """The pairs that are never in the training pictures, in turn."""
-    return [Wish(*HELD_OUT_PAIRS[index % len(HELD_OUT_PAIRS)]) for index in range(count)]
+    pairs = world.held_out_pairs
+    return [Wish(*pairs[index % len(pairs)]) for index in range(count)]
 
 
 def rates(judge: judges.Judge, images: Tensor, wishes: list[Wish]) -> dict[str, float]:

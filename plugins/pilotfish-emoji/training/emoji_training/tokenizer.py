@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -34,17 +35,23 @@ def world_words() -> list[str]:
     return sorted({*named, *COMMON_WORDS.split()})
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer: 256 bytes, the same as word ends, the merges, and CLIP's special tokens."""
+def build_tokenizer(
+    words: Sequence[str] | None = None, max_length: int = MAX_LENGTH
+) -> CLIPTokenizer:
+    """The tokenizer: 256 bytes, the same as word ends, the merges, and CLIP's special tokens.
+
+    Args:
+        words: those that are to be one token each; the emoji model's if left out.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [*alphabet, *(letter + SUFFIX for letter in alphabet)]
-    merges = learn_merges(world_words())
+    merges = learn_merges(world_words() if words is None else words)
     tokens = [*symbols, *("".join(pair) for pair in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
 
 
-def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte pair encoding's merges, continued until each of the words is a single token.
 
     Of equally frequent pairs the alphabetically first is merged, so that the ids, which the weights
@@ -70,10 +77,8 @@ def _merged(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> list[list[int]]:
-    """The captions as rows of 77 ids, padded with the end token."""
-    rows: list[list[int]] = tokenizer(
-        captions, padding="max_length", max_length=MAX_LENGTH, truncation=True
-    )["input_ids"]
+    """The captions as rows of as many ids as the tokenizer takes, padded with the end token."""
+    rows: list[list[int]] = tokenizer(captions, padding="max_length", truncation=True)["input_ids"]
     return rows
 
 

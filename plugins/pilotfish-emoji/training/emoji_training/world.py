@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -20,7 +20,6 @@ from pilotfish_emoji.names import (
     COLORS,
     GLYPHS,
     HELD_OUT_PAIRS,
-    OBJECTS,
     STYLES,
     THINGS,
     UNNAMED_STYLES,
@@ -37,8 +36,33 @@ ALL_STYLES = ("plain", *STYLES, *UNNAMED_STYLES)
 
 
 @dataclass(frozen=True)
+class World:
+    """What is drawn, and how often: the shares of unnamed things, of unnamed styles, and of named
+    styles among the pictures without an unnamed one.
+    """
+
+    glyphs: Mapping[str, str]
+    held_out_pairs: tuple[tuple[str, str], ...]
+    thing_share: float = 0.04
+    unnamed_share: float = 0.1
+    styled_share: float = 0.5
+
+    @cached_property
+    def objects(self) -> tuple[str, ...]:
+        """The names of the objects, in the order of their labels."""
+        return tuple(self.glyphs)
+
+    def trained_backgrounds(self, name: str) -> tuple[str, ...]:
+        """The backgrounds that an object is seen on in training."""
+        return tuple(color for color in BACKGROUNDS if (name, color) not in self.held_out_pairs)
+
+
+EMOJI = World(GLYPHS, HELD_OUT_PAIRS)
+
+
+@dataclass(frozen=True)
 class Labels:
-    """What a picture shows, as indices; `thing` counts as object number 64."""
+    """What a picture shows, as indices; `thing` counts as one object more than the named."""
 
     object: int
     background: int
@@ -83,16 +107,16 @@ def glyph(character: str) -> Image.Image:
     return canvas.crop(canvas.getbbox())
 
 
-def draw(random: Random, *, held_out: bool = False) -> Sample:
+def draw(random: Random, *, held_out: bool = False, world: World = EMOJI) -> Sample:
     """One random picture; pairs that are held out of training come only with `held_out`."""
-    is_thing = random.random() < 0.04
-    name = "thing" if is_thing else random.choice(OBJECTS)
-    choices = BACKGROUNDS if held_out else trained_backgrounds(name)
+    is_thing = random.random() < world.thing_share
+    name = "thing" if is_thing else random.choice(world.objects)
+    choices = BACKGROUNDS if held_out else world.trained_backgrounds(name)
     background = random.choice(choices)
-    style = random_style(random)
-    character = random.choice(THINGS) if is_thing else GLYPHS[name]
+    style = random_style(random, world)
+    character = random.choice(THINGS) if is_thing else world.glyphs[name]
     labels = Labels(
-        len(OBJECTS) if is_thing else OBJECTS.index(name),
+        len(world.objects) if is_thing else world.objects.index(name),
         BACKGROUNDS.index(background),
         ALL_STYLES.index(style),
     )
@@ -100,17 +124,11 @@ def draw(random: Random, *, held_out: bool = False) -> Sample:
     return Sample(picture, caption(name, background, style), labels)
 
 
-@cache
-def trained_backgrounds(name: str) -> tuple[str, ...]:
-    """The backgrounds that an object is seen on in training."""
-    return tuple(color for color in BACKGROUNDS if (name, color) not in HELD_OUT_PAIRS)
-
-
-def random_style(random: Random) -> str:
-    """A style: one of the unnamed in a tenth of the draws, a named one in half of the others."""
-    if random.random() < 0.1:
+def random_style(random: Random, world: World = EMOJI) -> str:
+    """A style: one of the unnamed, a named one, or plain."""
+    if random.random() < world.unnamed_share:
         return random.choice(UNNAMED_STYLES)
-    return random.choice(STYLES) if random.random() < 0.5 else "plain"
+    return random.choice(STYLES) if random.random() < world.styled_share else "plain"
 
 
 def caption(name: str, background: str, style: str = "plain") -> str:
@@ -201,10 +219,12 @@ def pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def dataset(count: int, seed: int, *, held_out: bool = False, workers: int = 0) -> Dataset:
+def dataset(
+    count: int, seed: int, *, held_out: bool = False, workers: int = 0, world: World = EMOJI
+) -> Dataset:
     """`count` samples, the same for the same seed however many worker processes draw them."""
     starts = range(0, count, CHUNK)
-    jobs = [(seed, start, min(CHUNK, count - start), held_out) for start in starts]
+    jobs = [(seed, start, min(CHUNK, count - start), held_out, world) for start in starts]
     if workers:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             parts = list(pool.map(_draw_chunk, jobs))
@@ -219,10 +239,10 @@ def dataset(count: int, seed: int, *, held_out: bool = False, workers: int = 0) 
 Chunk = tuple[np.ndarray, list[str], list[tuple[int, int, int]]]
 
 
-def _draw_chunk(job: tuple[int, int, int, bool]) -> Chunk:
-    seed, start, count, held_out = job
+def _draw_chunk(job: tuple[int, int, int, bool, World]) -> Chunk:
+    seed, start, count, held_out, world = job
     random = Random(f"{seed}:{start}")
-    samples = [draw(random, held_out=held_out) for _ in range(count)]
+    samples = [draw(random, held_out=held_out, world=world) for _ in range(count)]
     labels = [(s.labels.object, s.labels.background, s.labels.style) for s in samples]
     return np.stack([np.asarray(s.image) for s in samples]), [s.caption for s in samples], labels
 

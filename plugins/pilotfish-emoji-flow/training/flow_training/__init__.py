@@ -1,0 +1,1 @@
+"""How the flow model was trained and measured; runs from the repository, in no wheel."""

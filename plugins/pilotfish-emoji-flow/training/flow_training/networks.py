@@ -1,0 +1,29 @@
+"""What this package takes from diffusers and transformers, imported when torchvision is mended."""
+
+from pilotfish import mend_torchvision
+
+mend_torchvision()
+
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPTokenizer",
+    "FlowMatchEulerDiscreteScheduler",
+    "SD3Transformer2DModel",
+    "StableDiffusion3Pipeline",
+]
