@@ -17,6 +17,8 @@ from flow_training.transformer import EMPTY_TOKENS
 from pilotfish_emoji import judge
 from pilotfish_emoji_flow import BACKGROUNDS, FOLDER, OBJECTS, STYLES
 
+import pilotfish
+
 
 @lru_cache
 def pipe() -> StableDiffusion3Pipeline:
@@ -95,6 +97,36 @@ def test_the_judge_gives_probabilities_for_all_objects() -> None:
     verdict = judge.load(FOLDER, objects=OBJECTS).judge(torch.rand(2, 3, 64, 64))
     assert verdict.object.shape == (2, len(OBJECTS))
     assert {name for name, _, _ in verdict.names} <= set(OBJECTS)
+
+
+def test_pilotfish_loads_it_by_name_with_its_own_defaults_and_equals_diffusers() -> None:
+    sampler = pilotfish.load("emoji-flow")
+    found = sampler("a wolf on a red background", steps=3, seed=0).latents
+    expected = pipe()(
+        "a wolf on a red background",
+        num_inference_steps=3,
+        guidance_scale=GUIDANCE,
+        max_sequence_length=EMPTY_TOKENS,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_blue_at_its_default_scale_halves_its_loss_and_keeps_the_object() -> None:
+    sampler = pilotfish.load("emoji-flow")
+    run = {"num_images": 4, "seed": 1}
+    pictures = [
+        sampler("a campfire on a black background", plugins=plugins, **run).latents
+        for plugins in ([], ["blue"])
+    ]
+    with torch.no_grad():
+        plain, guided = (sampler.model.decode(latents).clamp(0, 1) for latents in pictures)
+    before, after = ((image[:, 2] - 0.9).abs().mean() for image in (plain, guided))
+    assert after <= 0.5 * before
+    names = [name for name, _, _ in judge.load().judge(guided).names]
+    assert names.count("campfire") >= 3
 
 
 @pytest.mark.slow
