@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from functools import lru_cache
 
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from emoji_training.score import plain_wishes, rates
+from emoji_training.score import FILE, plain_wishes, rates
+from flow_training import score
 from flow_training.export import GUIDANCE, STEPS, load, sample
 from flow_training.pictures import WORLD
 from flow_training.transformer import EMPTY_TOKENS
@@ -83,6 +85,12 @@ def test_the_prompt_of_the_pipelines_default_size_is_drawn_on_its_background() -
     ).images
     assert image.shape == (1, 3, 64, 64)
     assert judge.load().judge(image.float()).names[0][1] == "red"
+
+
+def test_the_shipped_scores_were_taken_as_the_card_says() -> None:
+    scores = json.loads((FOLDER / FILE).read_text("utf-8"))
+    assert scores["settings"] == score.SETTINGS
+    assert scores["seen"]["prompts"] == score.PROMPTS
 
 
 def test_the_judge_gives_probabilities_for_all_objects() -> None:
