@@ -45,7 +45,6 @@ class GaussianModel:
     id: str | None = None
     folder: Path | None = None
     device, dtype, factor = torch.device("cpu"), torch.float64, 1
-    latents_dtype = dtype
     text_encoders: Sequence[TextEncoder] = ()
     sites: tuple[Site, ...] = ()
     guidance, together = frozenset({"cfg"}), True
@@ -55,6 +54,11 @@ class GaussianModel:
     def __init__(self, std: float = 0.7) -> None:
         self.std = std
         self.calls = self.decodes = 0
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """The model's own."""
+        return self.dtype
 
     def new_scheduler(self, spec: Any) -> Any:
         """A scheduler by short name, or a table with `name` and configuration."""
