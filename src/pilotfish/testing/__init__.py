@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .exact import GaussianModel
-    from .random_models import random_pipeline, random_sampler, random_step
+    from .random_models import families, random_pipeline, random_sampler, random_step
 
-__all__ = ["GaussianModel", "random_pipeline", "random_sampler", "random_step"]
+__all__ = ["GaussianModel", "families", "random_pipeline", "random_sampler", "random_step"]
 
 
 def __getattr__(name: str) -> Any:  # pytest imports this package for its fixtures

@@ -35,8 +35,7 @@ def check(
     pilotfish plugins check 'palette:colors=[#035,#fa0]'
     pilotfish plugins check blue --family all
     """
-    from pilotfish.testing import random_sampler
-    from pilotfish.testing.random_models import families
+    from pilotfish.testing import families, random_sampler
 
     from .contract import examine
 
