@@ -18,7 +18,7 @@ from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
 from .copies import offload_hook, own_copy
-from .protocol import Again, Defaults, Generators, Role, TextEncoder
+from .protocol import Again, Defaults, Generators, Site, TextEncoder
 from .schedulers import diffusers
 from .text import ClipText
 
@@ -67,7 +67,7 @@ class PipelineFamily:
 
     def _problem(self, pipeline: Any) -> str | None:
         """Why the pipeline's parts are no model that a prompt alone can drive; or None."""
-        raise NotImplementedError
+        return None
 
     def _encoders(self) -> Sequence[TextEncoder]:
         """The text encoders, over the networks as they are now."""
@@ -303,8 +303,8 @@ class PipelineFamily:
     def _to_vae(self, latents: Tensor) -> Tensor:
         """Latents as the decoder takes them."""
         config = self.vae.config
-        if statistics := self._statistics(latents):
-            mean, std = statistics
+        if self._has_moments:
+            mean, std = self._moments(latents)
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor + (config.shift_factor or 0)
@@ -313,8 +313,8 @@ class PipelineFamily:
     def _from_vae(self, encoded: Tensor) -> Tensor:
         """What the encoder gives, as latents: `_to_vae` backwards."""
         config = self.vae.config
-        if statistics := self._statistics(encoded):
-            mean, std = statistics
+        if self._has_moments:
+            mean, std = self._moments(encoded)
             encoded = (encoded - mean) * config.scaling_factor / std
         else:
             encoded = (encoded - (config.shift_factor or 0)) * config.scaling_factor
@@ -328,22 +328,22 @@ class PipelineFamily:
         """The picture in what the VAE's decoder gives."""
         return decoded
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of each channel, (C, 1, 1), where the VAE has them."""
+    @property
+    def _has_moments(self) -> bool:
         config = self.vae.config
-        found = [config.get(name) for name in ("latents_mean", "latents_std")]
-        if None in found:
-            return None
+        return None not in (config.get("latents_mean"), config.get("latents_std"))
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, (C, 1, 1), of a VAE that has them."""
+        config = self.vae.config
+        found = (config.latents_mean, config.latents_std)
         mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
         return mean, std
 
 
-def told_nothing(run: Any, role: Role) -> bool:
-    """Whether a conditioning is that of a negative prompt that nobody gave."""
-    return role == "negative" and run.negative_prompt is None
-
-
-def side_by_side(values: Sequence[Tensor]) -> Tensor:
-    """Several encoders' outputs in one, along the width, of as many images as any of them is."""
-    most = max(len(v) for v in values)
-    return torch.cat([v.expand(most, *v.shape[1:]) for v in values], dim=-1)
+def joint_sites(transformer: Any) -> tuple[Site, ...]:
+    """The attention of blocks to which image tokens and text tokens come apart."""
+    return tuple(
+        Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
+        for i, block in enumerate(transformer.transformer_blocks)
+    )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .packed import PackedFamily, pack, unpack
+from .family import joint_sites
+from .packed import PackedFamily, pack, places, true_cfg_scale, unpack
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .text import T5Text
 
@@ -32,15 +33,11 @@ class Flux(PackedFamily):
     @property
     def sites(self) -> tuple[Site, ...]:
         """The joint attention of its double blocks; single blocks tell no token from another."""
-        return tuple(
-            Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-            for i, block in enumerate(self.transformer.transformer_blocks)
-        )
+        return joint_sites(self.transformer)
 
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""
-        scale: float = run.true_cfg_scale
-        return scale if scale > 1 and run.negative_prompt is not None else None
+        return true_cfg_scale(run)
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
         """The T5's tokens, what the CLIP pools, and the guidance scale where the network asks."""
@@ -49,8 +46,7 @@ class Flux(PackedFamily):
         told = {"values": t5.values.to(self.dtype), "pooled": clip.pooled.to(self.dtype)}
         if self.transformer.config.guidance_embeds:
             told["guidance"] = torch.full([1], run.guidance_scale, device=self.device)
-        batch = max(len(tensor) for tensor in told.values())
-        return Conditioning({n: t.expand(batch, *t.shape[1:]) for n, t in told.items()})
+        return Conditioning.alike(told)
 
     def predict(
         self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any
@@ -65,7 +61,7 @@ class Flux(PackedFamily):
             pooled_projections=conditioning["pooled"],
             encoder_hidden_states=values,
             txt_ids=values.new_zeros(values.shape[1], 3),
-            img_ids=_places(height // 2, width // 2).to(values),
+            img_ids=places(1, height // 2, width // 2).to(values),
             return_dict=False,
             **inputs,
         )[0]
@@ -80,11 +76,6 @@ class Flux(PackedFamily):
                 "Kontext), or the two are of two models"
             )
         return None
-
-
-def _places(height: int, width: int) -> Tensor:
-    """(height * width, 3): 0, row and column of each token."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in (1, height, width)))
 
 
 if TYPE_CHECKING:

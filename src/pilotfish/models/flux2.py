@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .packed import PackedFamily
+from .family import joint_sites
+from .packed import PackedFamily, places
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .text import QwenText, chat
 
@@ -58,10 +59,7 @@ class Flux2Klein(PackedFamily):
     @property
     def sites(self) -> tuple[Site, ...]:
         """The joint attention of its double blocks; single blocks tell no token from another."""
-        return tuple(
-            Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-            for i, block in enumerate(self.transformer.transformer_blocks)
-        )
+        return joint_sites(self.transformer)
 
     def cfg_scale(self, run: Any) -> float | None:
         """`guidance_scale` above 1, where the model is not distilled."""
@@ -92,8 +90,8 @@ class Flux2Klein(PackedFamily):
             timestep=timestep.expand(batch).to(latents.dtype) / 1000,
             guidance=None,
             encoder_hidden_states=values,
-            txt_ids=_places(1, 1, values.shape[1]).expand(batch, -1, -1).to(values.device),
-            img_ids=_places(height, width, 1).expand(batch, -1, -1).to(values.device),
+            txt_ids=places(1, 1, 1, values.shape[1]).expand(batch, -1, -1).to(values.device),
+            img_ids=places(1, height, width, 1).expand(batch, -1, -1).to(values.device),
             return_dict=False,
             **inputs,
         )[0]
@@ -118,14 +116,6 @@ class Flux2Klein(PackedFamily):
         norm, eps = self.vae.bn, self.vae.config.batch_norm_eps
         mean = norm.running_mean.view(1, -1, 1, 1).to(like)
         return mean, torch.sqrt(norm.running_var.view(1, -1, 1, 1) + eps).to(like)
-
-    def _problem(self, pipeline: Any) -> str | None:
-        return None
-
-
-def _places(height: int, width: int, layers: int) -> Tensor:
-    """(height * width * layers, 4): 0, row, column and place in the text."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in (1, height, width, layers)))
 
 
 if TYPE_CHECKING:

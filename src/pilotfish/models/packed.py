@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .family import PipelineFamily
@@ -52,3 +53,14 @@ def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
     batch, channels, height, width = shape
     cells = tokens.reshape(batch, height // 2, width // 2, channels, 2, 2)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def places(*sizes: int) -> Tensor:
+    """(tokens, axes): where each token lies in a grid of these sizes."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+
+
+def true_cfg_scale(run: Any) -> float | None:
+    """`true_cfg_scale` above 1, with a negative prompt; None otherwise."""
+    scale: float = run.true_cfg_scale
+    return scale if scale > 1 and run.negative_prompt is not None else None

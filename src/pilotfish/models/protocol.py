@@ -128,6 +128,11 @@ class Conditioning:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
+    @classmethod
+    def alike(cls, tensors: Mapping[str, Tensor]) -> Conditioning:
+        """All for as many images as any of them is: a plugin may give each image its own."""
+        return cls(tensors).expand(max(len(tensor) for tensor in tensors.values()))
+
     def expand(self, num_images: int) -> Conditioning:
         """The same prompt for each image."""
         every = {name: t.expand(num_images, *t.shape[1:]) for name, t in self.tensors.items()}

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .packed import PackedFamily, pack, unpack
+from .family import joint_sites
+from .packed import PackedFamily, pack, true_cfg_scale, unpack
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .text import QwenText
 
@@ -37,15 +38,11 @@ class QwenImage(PackedFamily):
     @property
     def sites(self) -> tuple[Site, ...]:
         """Its joint attention: image tokens and text tokens come apart."""
-        return tuple(
-            Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-            for i, block in enumerate(self.transformer.transformer_blocks)
-        )
+        return joint_sites(self.transformer)
 
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""
-        scale: float = run.true_cfg_scale
-        return scale if scale > 1 and run.negative_prompt is not None else None
+        return true_cfg_scale(run)
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance, each token brought back to the norm of the prompt's own."""
@@ -88,20 +85,11 @@ class QwenImage(PackedFamily):
         mean, std = self._moments(encoded)
         return ((encoded - mean.unsqueeze(1)) * (1.0 / std.unsqueeze(1))).squeeze(2)
 
-    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.vae.config
-        found = (config.latents_mean, config.latents_std)
-        mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
-        return mean, std
-
     def _film(self, image: Tensor) -> Tensor:
         return image.unsqueeze(2)
 
     def _picture(self, decoded: Tensor) -> Tensor:
         return decoded[:, :, 0]
-
-    def _problem(self, pipeline: Any) -> str | None:
-        return None
 
 
 if TYPE_CHECKING:

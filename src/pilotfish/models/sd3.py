@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .family import PipelineFamily, side_by_side
+from .family import PipelineFamily, joint_sites
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .schedulers import linear_shift
-from .text import T5Text
+from .text import T5Text, side_by_side
 
 
 class StableDiffusion3(PipelineFamily):
@@ -42,10 +42,7 @@ class StableDiffusion3(PipelineFamily):
     @property
     def sites(self) -> tuple[Site, ...]:
         """Its joint attention: image tokens and text tokens come apart."""
-        return tuple(
-            Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-            for i, block in enumerate(self.transformer.transformer_blocks)
-        )
+        return joint_sites(self.transformer)
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
         """Both CLIPs side by side, then the T5's tokens, or as many zeros; and what CLIPs pool."""
@@ -57,8 +54,9 @@ class StableDiffusion3(PipelineFamily):
         last = t5[0].values.expand(len(values), -1, -1) if t5 else missing
         values = torch.cat([values, last.to(values.dtype)], dim=1)
         pooled = side_by_side([e.pooled for e in clips if e.pooled is not None])
-        told = {"values": values.to(self.dtype), "pooled": pooled.to(self.dtype)}
-        return Conditioning(told)
+        return Conditioning.alike(
+            {"values": values.to(self.dtype), "pooled": pooled.to(self.dtype)}
+        )
 
     def predict(
         self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any

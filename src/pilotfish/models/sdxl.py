@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import PipelineFamily, side_by_side, told_nothing
+from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .stable_diffusion import unet_problem, unet_sites
+from .text import side_by_side
 
 
 class StableDiffusionXL(PipelineFamily):
@@ -41,14 +42,14 @@ class StableDiffusionXL(PipelineFamily):
         values = side_by_side([e.values for e in embeddings])
         pooled = embeddings[-1].pooled
         assert pooled is not None  # CLIP with a projection gives one
-        if told_nothing(run, role) and self._pipeline.config.force_zeros_for_empty_prompt:
+        untold = role == "negative" and run.negative_prompt is None
+        if untold and self._pipeline.config.force_zeros_for_empty_prompt:
             values, pooled = torch.zeros_like(values), torch.zeros_like(pooled)
         # Original size, upper left corner of the crop, target size: arXiv 2307.01952, section 2.2.
         size = (run.height, run.width)
         ids = torch.tensor([[*size, 0, 0, *size]], dtype=self.dtype, device=self.device)
         told = {"values": values.to(self.dtype), "pooled": pooled.to(self.dtype), "ids": ids}
-        batch = max(len(values), len(pooled))
-        return Conditioning({n: t.expand(batch, *t.shape[1:]) for n, t in told.items()})
+        return Conditioning.alike(told)
 
     def predict(
         self, latents: Tensor, timestep: Any, conditioning: Conditioning, **inputs: Any

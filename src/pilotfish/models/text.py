@@ -11,7 +11,7 @@ import itertools
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -255,3 +255,9 @@ def chat(tokenizer: Any, **options: Any) -> Callable[[str], str]:
         )
 
     return asked
+
+
+def side_by_side(values: Sequence[Tensor]) -> Tensor:
+    """Several encoders' outputs in one, along the width, of as many images as any of them is."""
+    most = max(len(v) for v in values)
+    return torch.cat([v.expand(most, *v.shape[1:]) for v in values], dim=-1)

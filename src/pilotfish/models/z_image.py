@@ -73,9 +73,6 @@ class ZImage(PackedFamily):
         )[0]
         return -torch.stack([output.float() for output in outputs]).squeeze(2)
 
-    def _problem(self, pipeline: Any) -> str | None:
-        return None
-
 
 if TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""Small random pipelines of every family but the first: as many parts as the real ones, tiny."""
+"""Small random pipelines of every family: as many parts as the real ones, tiny."""
 
 from __future__ import annotations
 
@@ -52,6 +52,39 @@ def _vae(channels: int, **options: Any) -> Any:
         latent_channels=channels,
         sample_size=32,
         **options,
+    )
+
+
+def stable_diffusion(prediction_type: str, tokenizer: Any) -> Any:
+    """A `StableDiffusionPipeline` with the network's answer of that type."""
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return diffusers.StableDiffusionPipeline(
+        unet=unet,
+        vae=_vae(4),
+        text_encoder=_clip(tokenizer, projected=False),
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -282,4 +315,4 @@ FAMILIES: dict[str, Callable[[Any], Any]] = {
     "qwen-image": _qwen_image,
     "flux2-klein": _flux2_klein,
 }
-"""What builds each family's pipeline, from a CLIP tokenizer."""
+"""What builds the pipeline of each family but the first, from a CLIP tokenizer."""

@@ -71,66 +71,9 @@ def random_pipeline(
 def families(prediction_type: str = "epsilon") -> dict[str, Callable[[Any], Any]]:
     """What builds each family's random pipeline, from a CLIP tokenizer."""
     mend_torchvision()
-    from .random_families import FAMILIES
+    from .random_families import FAMILIES, stable_diffusion
 
-    return {"stable-diffusion": partial(_stable_diffusion, prediction_type), **FAMILIES}
-
-
-def _stable_diffusion(prediction_type: str, tokenizer: Any) -> Any:
-    import diffusers
-
-    parts = _random_networks(tokenizer)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
-    return diffusers.StableDiffusionPipeline(
-        **parts,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _random_networks(tokenizer: Any) -> dict[str, Any]:
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=32,
-    )
-    text_encoder = CLIPTextModel(text)
-    return {"tokenizer": tokenizer, "text_encoder": text_encoder, "unet": unet, "vae": vae}
+    return {"stable-diffusion": partial(stable_diffusion, prediction_type), **FAMILIES}
 
 
 def tokenizer() -> Any:
