@@ -11,7 +11,6 @@ from diffusers import (  # noqa: E402
     StableDiffusion3Pipeline,
 )
 from transformers import (  # noqa: E402
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -19,7 +18,6 @@ from transformers import (  # noqa: E402
 
 __all__ = [
     "AutoencoderKL",
-    "CLIPTextConfig",
     "CLIPTextModel",
     "CLIPTextModelWithProjection",
     "CLIPTokenizer",

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 import torch
 from emoji_training.score import (
-    FILE,
     Wish,
     frechet_distance,
     held_out_wishes,
     plain_wishes,
     rates,
+    write,
 )
-from emoji_training.world import pixels, render, sheet
+from emoji_training.world import pixels, render
 from pilotfish_emoji import judge as judges
 from pilotfish_emoji.judge import Judge
 from pilotfish_emoji.names import COLORS
@@ -81,21 +79,6 @@ def score(folder: Path = FOLDER, *, count: int = PROMPTS) -> tuple[dict[str, Any
     return scores, torch.cat(shown)
 
 
-@torch.no_grad()
-def main() -> None:
-    """Writes scores.json and a contact sheet: every object on a pair seen, then on one held out."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER)
-    parser.add_argument("--out", type=Path, help="where to write; the model's folder if left out")
-    parser.add_argument("--count", type=int, default=PROMPTS, help="plain prompts; others follow")
-    options = parser.parse_args()
-    out: Path = options.out or options.model
-    scores, images = score(options.model, count=options.count)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / FILE).write_text(json.dumps(scores, indent=2) + "\n", "utf-8")
-    sheet(images).save(out / "sheet.png")
-    print(json.dumps(scores, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    with torch.no_grad():
+        write(score, FOLDER, __doc__)

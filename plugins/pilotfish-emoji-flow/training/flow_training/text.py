@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from emoji_training.tokenizer import build_tokenizer as build
 from emoji_training.tokenizer import world_words
+from emoji_training.unet import text_config
 from pilotfish_emoji.names import FOLDER as EMOJI
 from pilotfish_emoji.names import OBJECTS as KNOWN
 from pilotfish_emoji_flow.names import MORE
@@ -14,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow_training.networks import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -72,19 +72,7 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _encoder(state: dict[str, Tensor], activation: str, seed: int) -> CLIPTextModelWithProjection:
     """An encoder with these weights, its vocabulary extended and its positions cut."""
     tokenizer = build_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = text_config(tokenizer, hidden_act=activation)
     prefix = "text_model.embeddings."
     words, places = f"{prefix}token_embedding.weight", f"{prefix}position_embedding.weight"
     rows = extend(state[words], build(), tokenizer, seed)

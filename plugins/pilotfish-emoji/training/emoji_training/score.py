@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,10 +109,18 @@ def score(folder: Path = FOLDER, *, count: int = PROMPTS) -> tuple[dict[str, obj
     return scores, torch.cat(shown)
 
 
-def main() -> None:
-    """Writes scores.json and a contact sheet: seen pairs, held-out pairs, named styles."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=FOLDER)
+Score = Callable[..., tuple[dict[str, Any], Tensor]]
+
+
+def write(score: Score, folder: Path, description: str | None) -> None:
+    """The command: writes scores.json and a contact sheet of the judged pictures.
+
+    Args:
+        score: gives the scores of a model folder, of so many plain prompts, and the pictures.
+        folder: the model's, where the command line names none.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, default=folder)
     parser.add_argument("--out", type=Path, help="where to write; the model's folder if left out")
     parser.add_argument("--count", type=int, default=PROMPTS, help="plain prompts; others follow")
     options = parser.parse_args()
@@ -123,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(score, FOLDER, __doc__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from emoji_training.networks import (
     DDIMScheduler,
     UNet2DConditionModel,
 )
-from emoji_training.tokenizer import MAX_LENGTH, token_ids
+from emoji_training.tokenizer import token_ids
 
 WIDTH = 128
 DROPPED = 0.15  # share of empty captions, for classifier-free guidance
@@ -83,19 +84,24 @@ def build_unet(block_out_channels: Sequence[int] = (64, 128, 192)) -> UNet2DCond
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """CLIP's text encoder at width 128, two layers deep, with random weights."""
-    config = CLIPTextConfig(
+    return CLIPTextModel(text_config(tokenizer))
+
+
+def text_config(tokenizer: CLIPTokenizer, **more: Any) -> CLIPTextConfig:
+    """Its shape for a tokenizer: as many positions as that has."""
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
         projection_dim=WIDTH,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **more,
     )
-    return CLIPTextModel(config)
 
 
 def caption_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
