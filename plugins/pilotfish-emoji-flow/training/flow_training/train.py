@@ -35,6 +35,9 @@ class Options:
     device: str
     workers: int
     target: Path
+    start: Path | None
+    learning_rate: float
+    seed: int
 
 
 def pictures(options: Options) -> Dataset:
@@ -64,6 +67,9 @@ def make_transformer(options: Options) -> SD3Transformer2DModel:
     torch.manual_seed(0)
     told = read_captions(build_encoders(), build_tokenizer(), captions)
     transformer = build_transformer()
+    if options.start is not None:
+        begun = SD3Transformer2DModel.from_pretrained(options.start, subfolder="transformer")
+        transformer.load_state_dict(begun.state_dict())
 
     def snapshot(step: int, module: nn.Module) -> None:
         prompts = [
@@ -79,6 +85,8 @@ def make_transformer(options: Options) -> SD3Transformer2DModel:
         told,
         num_steps=options.steps,
         checkpoint=options.out / "transformer.pt",
+        learning_rate=options.learning_rate,
+        seed=options.seed,
         batch=options.batch,
         device=options.device,
         workers=options.workers,
@@ -108,6 +116,9 @@ def read_options() -> tuple[str, Options]:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="threads that share a batch")
+    parser.add_argument("--start", type=Path, help="a model folder whose weights are trained on")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the cycle's peak")
+    parser.add_argument("--seed", type=int, default=0, help="of batches, noise and times")
     values = vars(parser.parse_args())
     stage: str = values.pop("stage")
     return stage, Options(**values)
