@@ -74,12 +74,16 @@ class TextEncoder(Protocol):
 
     Attributes:
         name: "text_encoder", "text_encoder_2", ...
+        kind: "clip", "t5" or "qwen".
         width: D, of its token embeddings.
         length: T, its tokens, among them those that it adds itself.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def tokenizer(self) -> Any: ...
@@ -99,6 +103,9 @@ class TextEncoder(Protocol):
         Raises:
             InputError: it knows one of them already.
         """
+
+    def ids(self, word: str) -> list[int]:
+        """The tokens of a word or two as they stand in a prompt, without what goes around one."""
 
     def tokenize(self, text: str, length: int | None = None) -> Tokens:
         """A text's tokens, cut to `length`.

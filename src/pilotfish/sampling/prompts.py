@@ -158,8 +158,13 @@ def collect_vocabulary(
             if word in owners:
                 stack.blame(name, "vocabulary", f"adds {word!r}, as {owners[word]!r} does already")
             owners[word] = name
-            for encoder in encoders:
-                values: Any = vectors.get(encoder.name) if isinstance(vectors, Mapping) else vectors
+            if not isinstance(vectors, Mapping):
+                vectors = dict.fromkeys(words, vectors)
+            if not vectors or vectors.keys() - words.keys():
+                known = f"{list(vectors)} for {word!r}; text encoders are {list(words)}"
+                stack.blame(name, "vocabulary", f"gave vectors for {known}")
+            for encoder in (e for e in encoders if e.name in vectors):
+                values: Any = vectors[encoder.name]
                 if problem := _vector_problem(values, encoder):
                     stack.blame(name, "vocabulary", f"gave {problem} for {word!r}")
                 words[encoder.name][word] = values
