@@ -169,7 +169,7 @@ class Site:
         name: the module's path in the denoiser.
         module: of diffusers.
         kind: "self" among image tokens, "cross" from image to text, or "joint" of both.
-        image: which of its tokens are the image's.
+        image: which of the tokens in its `hidden_states` are the image's, for the model's `size`.
     """
 
     name: str
@@ -222,9 +222,11 @@ class LatentDiffusion(Protocol):
         id: the folder or hub id that it came from.
         folder: where it lies on this disk, if it does.
         factor: pixels of the picture for each cell of the latents, along a side.
+        size: height and width of a run's pictures, in pixels; `sites` go by it.
         guidance: "cfg": by two predictions; "embedded": told to the network.
         together: whether the family's pipeline makes both predictions in one call of the network;
             otherwise first that for the prompt.
+        masked: whether the network takes prompts of any length, with a mask.
         latents_dtype: the number format in which the family's pipeline keeps latents.
         denoiser: the module that patches hold on to.
         sites: the denoiser's attention, in order.
@@ -237,8 +239,10 @@ class LatentDiffusion(Protocol):
     text_encoders: Sequence[TextEncoder]
     defaults: Defaults
     factor: int
+    size: tuple[int, int]
     guidance: frozenset[str]
     together: bool
+    masked: bool
 
     @property
     def latents_dtype(self) -> torch.dtype: ...

@@ -120,7 +120,7 @@ class Prompts:
             "embedding_transform",
             embedding,
             arguments,
-            lambda new, old: embedding_problem(new, old, self._run.num_images),
+            lambda new, old: embedding_problem(new, old, self._run),
             state.where if state else "",
         )
         return answer
@@ -180,12 +180,16 @@ def _vector_problem(values: object, encoder: TextEncoder) -> str | None:
     return None
 
 
-def embedding_problem(answer: Any, old: Embedding, num_images: int) -> str | None:
+def embedding_problem(answer: Any, old: Embedding, run: Any) -> str | None:
     """What is wrong with an `embedding_transform`'s answer."""
     if not isinstance(answer, Embedding):
         return f"returned {type(answer).__name__}; expected an Embedding or None"
-    allowed = {1, num_images} if answer.stage == "prompt" else {1}
-    if len(answer.values) not in allowed or answer.values.shape[1:] != old.values.shape[1:]:
+    allowed = {1, run.num_images} if answer.stage == "prompt" else {1}
+    expected: tuple[int, ...] = old.values.shape[1:]
+    if answer.stage == "prompt" and run.model.masked:  # as many tokens as it names
+        expected = len(answer.tokens), *expected[1:]
+        old = dataclasses.replace(old, tokens=answer.tokens)
+    if len(answer.values) not in allowed or answer.values.shape[1:] != expected:
         return (
             f"returned values of shape {tuple(answer.values.shape)} at stage {answer.stage!r}; "
             f"expected {tuple(old.values.shape)}"
