@@ -216,6 +216,14 @@ def quick_samples(monkeypatch):
     monkeypatch.setattr("pilotfish_textual_inversion.sheet.STEPS", 1)
 
 
+def small(pipeline, folder):
+    """The pipeline as one whose folder says that its pictures are small, and prompts short."""
+    length = "max_sequence_length = 120\n" if hasattr(pipeline, "transformer") else ""
+    (folder / "pilotfish.toml").write_text(f"height = 32\nwidth = 32\nsteps = 2\n{length}")
+    pipeline.register_to_config(_name_or_path=str(folder))
+    return pipeline
+
+
 def fixed_batch(lesson, count=4):
     generator = torch.Generator().manual_seed(4)
     x0 = lesson.latents[[0, 1] * (count // 2)]
@@ -228,7 +236,7 @@ def fixed_batch(lesson, count=4):
 def test_learning_lowers_the_loss_on_its_own_pictures_and_changes_nothing_else(
     family, pictures, tmp_path
 ):
-    pipeline = random_pipeline(family=family)
+    pipeline = small(random_pipeline(family=family), tmp_path)
     networks = {n: p for n, p in pipeline.components.items() if isinstance(p, torch.nn.Module)}
     before = {n: copy.deepcopy(network.state_dict()) for n, network in networks.items()}
     sampler = Sampler.from_pipeline(pipeline)
@@ -248,7 +256,7 @@ def test_learning_lowers_the_loss_on_its_own_pictures_and_changes_nothing_else(
 @pytest.mark.slow
 @every_family
 def test_the_file_teaches_a_run_what_was_learned(family, pictures, tmp_path):
-    sampler = Sampler.from_pipeline(random_pipeline(family=family))
+    sampler = Sampler.from_pipeline(small(random_pipeline(family=family), tmp_path))
     plan = Plan(**{**vars(PLAN), "steps": 1, "every": 1})
     word = train(sampler, pictures, tmp_path / "ink.safetensors", plan)
     parts_ = word if isinstance(word, dict) else {"text_encoder": word}
@@ -266,7 +274,7 @@ def test_the_file_teaches_a_run_what_was_learned(family, pictures, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_diffusers_loads_the_file_of_several_encoders(family, pictures, tmp_path):
-    pipeline = own_pipeline(family)
+    pipeline = small(own_pipeline(family), tmp_path)
     plan = Plan(**{**vars(PLAN), "steps": 1, "every": 1})
     train(Sampler.from_pipeline(pipeline), pictures, tmp_path / "ink.safetensors", plan)
     content = load_file(tmp_path / "ink.safetensors")
@@ -299,7 +307,7 @@ def reference_error(family, pipeline, batch):
     timesteps, level = pipeline.scheduler.timesteps[index], sigmas.view(-1, 1, 1, 1)
     latents = (1 - level) * batch.x0 + level * batch.noise
     values, _, pooled, _ = pipeline.encode_prompt(
-        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=256, **options
+        texts, None, None, do_classifier_free_guidance=False, max_sequence_length=120, **options
     )
     output = pipeline.transformer(
         hidden_states=latents, timestep=timesteps, encoder_hidden_states=values,
@@ -310,8 +318,10 @@ def reference_error(family, pipeline, batch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_loss_and_gradients_equal_those_of_a_pipeline_with_the_word_in_its_tables(family, pictures):
-    pipeline = own_pipeline(family)
+def test_loss_and_gradients_equal_those_of_a_pipeline_with_the_word_in_its_tables(
+    family, pictures, tmp_path
+):
+    pipeline = small(own_pipeline(family), tmp_path)
     training = Training(Sampler.from_pipeline(pipeline).model, pictures, PLAN)
     batch = fixed_batch(training.lesson)
     ours = training.error(batch)
