@@ -311,7 +311,7 @@ def test_an_encoder_without_vectors_reads_the_word_as_text_and_an_unknown_one_is
 
     seen = {}
     sampler("a cat", plugins=[Partial(encoder="text_encoder_2")], steps=1)
-    first, second = sampler.model.text_encoders
+    first, _ = sampler.model.text_encoders
     row = first.network.get_input_embeddings().weight[first.ids("cat")]
     assert torch.equal(seen["text_encoder"][0], row)
     assert seen["text_encoder"][1] == "cat</w>"
