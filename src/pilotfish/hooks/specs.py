@@ -76,8 +76,8 @@ def vocabulary(run: Run, state: Any) -> dict[str, Any] | None:
 
     Returns:
         `{"<word>": (n, D) tensor}`, a word of n vectors as wide as the text encoder's embeddings.
-        For a model with several text encoders `{"<word>": {encoder: (n, D) tensor}}`. Two plugins
-        may not add the same word.
+        For a model with several text encoders `{"<word>": {encoder: (n, D) tensor}}`; one that is
+        left out reads the word as the text that it is. Two plugins may not add the same word.
     """
 
 

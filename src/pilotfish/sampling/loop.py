@@ -49,6 +49,7 @@ class Sampling:
         self.run = self.described.of_model(self.model)
         known = self.run.height, self.run.width, self.run.steps
         height, width, steps = cast("tuple[int, int, int]", known)  # in a resolved run
+        self.model.size = height, width
         self.shape = self.model.latent_shape(height, width)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
