@@ -35,9 +35,12 @@ from .noise import CLEAN, NoiseLevel, at_least_float32
 from .presets import Preset
 
 # What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
-# guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
+# guidance, or an empty prompt), as a fraction of the predicted noise's root mean square.
 # Measured: docs/guidance.md, "Without a prompt".
 UNPROMPTED_PULL = 0.1
+# The sigma / alpha up to which noise counts there: the schedule of Stable Diffusion, on which it
+# was measured, begins at 14.6. Flows begin at infinity, and x0 is moved by what noise does to it.
+NOISIEST = 15.0
 ENDS: tuple[End, ...] = ("latents", "x0")
 
 Descent = Callable[[Tensor], tuple[list[SharedGraph], list[Pull]]]
@@ -193,21 +196,24 @@ def spherical(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor)
 
 
 def prompt_pull(
-    level: NoiseLevel, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+    level: NoiseLevel, latents: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
 ) -> Tensor:
     """How far classifier-free guidance itself moves x0 at this step, root mean square per image.
 
     `guidance_scale * RMS(cond - uncond)` (FreeDoM's own), in x0's units. Never less than
-    `UNPROMPTED_PULL * RMS(cond)`: that stands in where nothing pulls, and the two meet without a
-    jump.
+    `UNPROMPTED_PULL` of what the noise in `cond` moves x0 by, whatever it is that the network
+    predicts: that stands in where nothing pulls, and the two meet without a jump.
 
     Returns:
         (B, 1, 1, 1).
     """
-    pull = UNPROMPTED_PULL * rms(at_least_float32(cond))
+    eps = level.eps(latents, level.x0(latents, cond))
+    noisiness = min(level.sigma / level.alpha, NOISIEST) if level.alpha else NOISIEST
+    pull = UNPROMPTED_PULL * noisiness * rms(eps)
     if uncond is not None:
-        pull = torch.maximum(pull, guidance_scale * rms(at_least_float32(cond - uncond)))
-    return pull * abs(level.out)
+        prompted = guidance_scale * abs(level.out) * rms(at_least_float32(cond - uncond))
+        pull = torch.maximum(pull, prompted)
+    return pull
 
 
 def schedule(levels: Sequence[NoiseLevel], kind: str) -> list[float]:

@@ -120,7 +120,8 @@ class Guides:
             to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
             return self._pulls(state, to_x0, graph.shifted(move), offsets)
 
-        pull = moves.prompt_pull(state.level, cond, uncond, self._run.cfg_scale or 0.0)
+        scale = self._run.cfg_scale or 0.0
+        pull = moves.prompt_pull(state.level, state.latents, cond, uncond, scale)
         place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
         move = moves.combine(graphs, pulls, self.preset, place, descend)
         self._trace += self._records(state, pulls, move)
