@@ -183,8 +183,8 @@ def test_a_gradient_at_x0_is_longer_by_what_the_network_makes_of_it():
 
 
 def moved(name, scale, steps=50, y=1.0, **knobs):
-    """By how much a weak guide shifts the samples."""
-    preset = {"base": name, "recurrence": 1, **knobs}
+    """By how much a weak guide shifts the samples, apart from what noise is drawn on the way."""
+    preset = {"base": name, "recurrence": 1, "renoise": 0.0, **knobs}
     scheduler = "ddpm" if name == "dsg" else "ddim"
     plain, guided = (
         run(guide, preset, scheduler, steps)[1] for guide in (None, Measured(scale=scale, y=y))
@@ -195,6 +195,7 @@ def moved(name, scale, steps=50, y=1.0, **knobs):
 WEAK = {
     **{"balanced": 0.1, "clip-guided": 0.01, "deep-dive": 1e-5, "dps": 1e-3, "dsg": 0.1},
     **{"freedom": 0.05, "lgd": 0.01, "mpgd": 0.05, "tfg": 1e-5, "ugd": 1e-3},
+    **{"diffpir": 1e-4, "flowchef": 1e-5, "flowdps": 1e-3, "mmps": 0.01, "pgdm": 0.01},
 }
 
 
