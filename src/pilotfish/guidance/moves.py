@@ -119,7 +119,8 @@ def combine(
         for _ in range(1, preset.iterations if end == "x0" and preset.variance == "none" else 1):
             further = again(move)
             move = move if further is None else move + moved(further)
-        moves.append(move * _per_x0(preset, place) if end == "x0" else move)
+        blend = place.level.time if preset.blended else 1.0
+        moves.append(move * blend * _per_x0(preset, place) if end == "x0" else move)
     move = total_of(moves)
     if preset.trust is not None:
         longest = preset.trust * place.pull * _per_x0(preset, place)
@@ -204,7 +205,7 @@ def _per_x0(preset: Preset, place: Place) -> float:
     level, following = place.level, place.following
     kept = following.sigma if preset.keeps == "v" else 0.0
     after = {"prediction": 1.0, "latents": level.alpha, "after_step": following.alpha + kept}
-    return after[preset.applied_to] * (level.time if preset.blended else 1)
+    return after[preset.applied_to]
 
 
 def _spread(moved: Linear, strength: float, preset: Preset, place: Place) -> Linear:
