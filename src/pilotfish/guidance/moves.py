@@ -26,6 +26,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ ENDS: tuple[End, ...] = ("latents", "x0")
 # By how much x0 is moved to see a loss bend, root mean square: latents are of size 1.
 PROBE = 0.1
 
-Linear = Callable[[Tensor], Tensor]
+Again = Callable[[Tensor], Tensor | None]
 Descent = Callable[[Tensor, End], tuple[list[SharedGraph], list[Pull]]]
 
 
@@ -99,28 +100,11 @@ def combine(
         descend: the graphs, and the pulls of the guides that end there, at x0 plus a move.
     """
     sums = _sums(graphs, pulls, preset)
-    moves = []
-    for end, found in sums.items():
-
-        def again(move: Tensor, end: End = end) -> Tensor | None:
-            shifted, further = descend(move, end)
-            if len(further) < sum(end in pull.ends for pull in pulls):
-                return None
-            return _sum(shifted, further, preset, end, retain=False).gradient
-
-        def moved(gradient: Tensor, end: End = end) -> Tensor:
-            return _moved(gradient, end, graphs[0], preset, place)
-
-        gradient = found.gradient
-        if preset.variance != "none":
-            spread = _spread(moved, _strength(end, preset, place), preset, place)
-            gradient = _settled(gradient, spread, again, preset.iterations)
-        move = moved(gradient)
-        for _ in range(1, preset.iterations if end == "x0" and preset.variance == "none" else 1):
-            further = again(move)
-            move = move if further is None else move + moved(further)
-        blend = place.level.time if preset.blended else 1.0
-        moves.append(move * blend * _per_x0(preset, place) if end == "x0" else move)
+    asked = partial(_asked_again, pulls, preset, descend)
+    moves = [
+        _move_of(found.gradient, end, partial(asked, end), graphs[0], preset, place)
+        for end, found in sums.items()
+    ]
     move = total_of(moves)
     if preset.trust is not None:
         longest = preset.trust * place.pull * _per_x0(preset, place)
@@ -155,20 +139,43 @@ def _weighted(pull: Pull, preset: Preset) -> Gradients:
     return pull.times(factor)
 
 
-def _moved(gradient: Tensor, end: End, graph: SharedGraph, preset: Preset, place: Place) -> Tensor:
+def _asked_again(
+    pulls: Sequence[Pull], preset: Preset, descend: Descent, end: End, move: Tensor
+) -> Tensor | None:
+    """The gradient of the guides that end there, at x0 plus a move; None where one fails."""
+    graphs, further = descend(move, end)
+    if len(further) < sum(end in pull.ends for pull in pulls):
+        return None
+    return _sum(graphs, further, preset, end, retain=False).gradient
+
+
+def _move_of(
+    gradient: Tensor, end: End, again: Again, graph: SharedGraph, preset: Preset, place: Place
+) -> Tensor:
     """The move from a gradient at x0 that ends there, or goes on to the latents."""
-    strength = _strength(end, preset, place)
-    if end == "x0":
-        return strength * _of_x0(gradient, preset, place)
-    pulled = graph.to_latents(gradient, retain_graph=preset.variance != "none")
-    if preset.normalizes:
-        pulled = resized(pulled, rms(gradient))
-    return strength * _of_latents(pulled, preset, place)
+    strength = (preset.mu if end == "x0" else preset.rho) * place.schedule
 
+    def moved(gradient: Tensor) -> Tensor:
+        if end == "x0":
+            return strength * _of_x0(gradient, preset, place)
+        pulled = graph.to_latents(gradient, retain_graph=preset.variance != "none")
+        if preset.normalizes:
+            pulled = resized(pulled, rms(gradient))
+        return strength * _of_latents(pulled, preset, place)
 
-def _strength(end: End, preset: Preset, place: Place) -> float:
-    """What multiplies every guide's scale."""
-    return (preset.mu if end == "x0" else preset.rho) * place.schedule
+    def spread(gradient: Tensor) -> Tensor:
+        if preset.variance == "unit":
+            return strength * (place.level.sigma / place.level.norm) ** 2 * gradient
+        return -moved(gradient)
+
+    allowed = preset.variance != "none"
+    move = moved(_settled(gradient, spread, again, preset.iterations) if allowed else gradient)
+    if end == "latents":
+        return move
+    for _ in range(1, 1 if allowed else preset.iterations):
+        further = again(move)
+        move = move if further is None else move + moved(further)
+    return move * (place.level.time if preset.blended else 1.0) * _per_x0(preset, place)
 
 
 def _of_latents(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
@@ -208,15 +215,8 @@ def _per_x0(preset: Preset, place: Place) -> float:
     return after[preset.applied_to]
 
 
-def _spread(moved: Linear, strength: float, preset: Preset, place: Place) -> Linear:
-    """What multiplies by `preset.variance` of x0 given the latents, and by a guide's strength."""
-    if preset.variance == "unit":
-        return lambda gradient: strength * (place.level.sigma / place.level.norm) ** 2 * gradient
-    return lambda gradient: -moved(gradient)
-
-
 def _settled(
-    gradient: Tensor, spread: Linear, again: Callable[[Tensor], Tensor | None], iterations: int
+    gradient: Tensor, spread: Callable[[Tensor], Tensor], again: Again, iterations: int
 ) -> Tensor:
     """A loss's gradient g where x0 has spread: u of `(1 + H V) u = g`, H the loss's Hessian.
 
