@@ -216,8 +216,8 @@ def without_conflicts(gradients: Sequence[Tensor]) -> list[Tensor]:
     for own in gradients:
         left = own
         for other in (g for g in gradients if g is not own):
-            left = left - _dot(left, other).clamp(max=0) * inverse(_dot(other, other)) * other
-        longer = _dot(own, own) * inverse(_dot(left, own))
+            left = left - dot(left, other).clamp(max=0) * inverse(dot(other, other)) * other
+        longer = dot(own, own) * inverse(dot(left, own))
         kept.append(left * longer.clamp(max=LONGER))
     return kept
 
@@ -227,8 +227,9 @@ def _leaves_of(gradients: Iterable[Gradients]) -> list[Leaf]:
     return list(dict.fromkeys(leaf for found in gradients for leaf in found))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per image, (B, 1, 1, 1)."""
+    return (a * b).sum(dim=(1, 2, 3), keepdim=True)
 
 
 def total_of(tensors: Iterable[Tensor]) -> Tensor:

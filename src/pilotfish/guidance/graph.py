@@ -60,9 +60,9 @@ class SharedGraph:
             return cotangent
         return _pull_back(self.node(name), self._nodes["x0"], cotangent, retain_graph)
 
-    def to_latents(self, cotangent: Tensor) -> Tensor:
+    def to_latents(self, cotangent: Tensor, retain_graph: bool = False) -> Tensor:
         """Pull a gradient at x0 back to the latents, through the network."""
-        return _pull_back(self.predicted, self.latents, cotangent, retain_graph=False)
+        return _pull_back(self.predicted, self.latents, cotangent, retain_graph)
 
 
 def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: bool) -> Tensor:

@@ -24,7 +24,7 @@ from .step import Step, StepState
 from .trace import Record, Trace
 
 # The host's own draws, under names that no plugin can have: they change nobody else's.
-RECURRENCE, SAMPLES = "host recurrence", "host samples"
+RECURRENCE, RENEWAL, SAMPLES = "host recurrence", "host renewal", "host samples"
 
 
 class Guides:
@@ -66,15 +66,16 @@ class Guides:
             )
         if reason := self._run.model.refuse_gradients():
             raise ModelError(f"no gradient can be taken: {reason}")
-        if preset.recurrence > 1 and not self._schedule.can_repeat:
+        if (preset.recurrence > 1 or preset.renoise) and not self._schedule.can_repeat:
+            what = "takes steps more than once" if preset.recurrence > 1 else "puts noise back"
             raise InputError(
-                f"preset {preset.name!r} takes steps more than once, and {self._schedule.name} "
-                "goes back to latents that it kept from the step before: use recurrence=1, or a "
+                f"preset {preset.name!r} {what}, and {self._schedule.name} goes back to latents "
+                "that it kept from the step before: use recurrence=1 and renoise=0, or a "
                 "scheduler such as ddim, euler, euler-ancestral or dpmsolver-multistep"
             )
-        if preset.rule == "sphere" and self._stack.calls["advance"]:
+        if (preset.rule == "sphere" or preset.renoise) and self._stack.calls["advance"]:
             raise InputError(
-                f"preset {preset.name!r} turns the noise of the scheduler's step, and a plugin "
+                f"preset {preset.name!r} turns the noise of a step, or draws it anew, and a plugin "
                 "takes the step in its place; use another preset"
             )
 
@@ -116,11 +117,12 @@ class Guides:
         if not pulls:
             return
 
-        def descend(move: Tensor) -> tuple[list[SharedGraph], list[Pull]]:
-            to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
-            return self._pulls(state, to_x0, graph.shifted(move), offsets)
+        def descend(move: Tensor, end: End) -> tuple[list[SharedGraph], list[Pull]]:
+            those = [guide for guide in guides if end in self._ends(guide)]
+            return self._pulls(state, those, graph.shifted(move), offsets)
 
-        pull = moves.prompt_pull(state.level, cond, uncond, self._run.cfg_scale or 0.0)
+        scale = self._run.cfg_scale or 0.0
+        pull = moves.prompt_pull(state.level, state.latents, cond, uncond, scale)
         place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
         move = moves.combine(graphs, pulls, self.preset, place, descend)
         self._trace += self._records(state, pulls, move)
@@ -128,6 +130,8 @@ class Guides:
 
     def _apply(self, state: StepState, move: Tensor) -> None:
         """Move what the preset says."""
+        share, following = self.preset.renoise, state.following
+        state.renewed = 1 - following.time if share == "alpha" else share
         if self.preset.rule == "sphere":
             state.direction = move
         elif self.preset.applied_to == "latents":
@@ -152,20 +156,34 @@ class Guides:
     def renoise(self, state: StepState) -> Tensor:
         """The latents of a step that is taken once more: "recurrence", "time travel".
 
-        A step of the DDIM formula (Song et al. 2021, arXiv 2010.02502, equation 12, without noise)
-        to the next noise level, then fresh noise back to this one. The scheduler, whose `step`
-        counts and remembers, knows nothing of it.
+        A step of the DDIM formula to the next noise level, then fresh noise back to this one. The
+        scheduler, whose `step` counts and remembers, knows nothing of it.
         """
-        level, following = state.level, state.following
+        cleaner, level = self.renewed(state), state.level
+        if state.after is not None:
+            cleaner = cleaner + state.after
+        noise = self._noise(RECURRENCE, cleaner)
+        return level.noised(cleaner, state.following, noise).to(state.latents.dtype)
+
+    def renewed(self, state: StepState) -> Tensor:
+        """A step of the DDIM formula, a part `state.renewed` of whose noise is drawn anew.
+
+        Song et al. 2021, arXiv 2010.02502, equation 12, with its sigma_t^2 as that part of the
+        next level's variance.
+        """
+        level, following, part = state.level, state.following, state.renewed
         if state.output is None:
             raise ValueError("no prediction to go on from")
         x0 = level.x0(state.latents, state.output)
-        cleaner = following.alpha * x0 + following.sigma * level.eps(state.latents, x0)
-        if state.after is not None:
-            cleaner = cleaner + state.after
-        latents, model = state.latents, self._run.model
-        noise = model.noise(latents.shape, self._generators.of(RECURRENCE), model.latents_dtype)
-        return level.noised(cleaner, following, noise.to(model.device)).to(latents.dtype)
+        eps = level.eps(state.latents, x0)
+        if part:
+            eps = (1 - part) ** 0.5 * eps + part**0.5 * self._noise(RENEWAL, eps)
+        return following.alpha * x0 + following.sigma * eps
+
+    def _noise(self, name: str, like: Tensor) -> Tensor:
+        model, generators = self._run.model, self._generators.of(name)
+        noise: Tensor = model.noise(like.shape, generators, model.latents_dtype)
+        return noise.to(like)
 
     def remarks(self) -> Iterator[str]:
         """The guides that did nothing in the whole run, or the opposite of what they are for."""

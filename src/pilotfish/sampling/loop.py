@@ -161,7 +161,10 @@ class Sampling:
             others = partial(seeded, self.run, TURN)
             latents = self.schedule.spherical_step(state, own, others, state.direction)
         else:
-            latents = self.schedule.step(state, own)
+            latents = self.schedule.step(
+                state, own
+            )  # it counts and remembers, also where not taken
+            latents = self.guides.renewed(state).to(latents) if state.renewed else latents
         return latents if state.after is None else latents + state.after.to(latents.dtype)
 
     @cached_property

@@ -40,6 +40,7 @@ class StepState:
         repeat: how often this step has been taken before.
         after: what the guides add to the step's result.
         direction: where they turn the step's noise, under the rule "sphere".
+        renewed: the part of the next level's noise that is drawn anew, of its variance.
     """
 
     run: Run
@@ -59,6 +60,7 @@ class StepState:
     repeat: int = 0
     after: Tensor | None = None
     direction: Tensor | None = None
+    renewed: float = 0.0
     stopped: bool = False
     _x0: Tensor | None = None
     _views: dict[str, Tensor] = field(default_factory=dict)
