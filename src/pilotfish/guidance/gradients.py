@@ -60,6 +60,8 @@ class Pull:
     @cached_property
     def norm(self) -> Tensor:
         """L2 norm of the gradient over all leaves, (B,)."""
+        if not self.gradients:  # measured only
+            return torch.zeros_like(self.loss)
         norms = [torch.linalg.vector_norm(g, dim=(1, 2, 3)) for g in self.gradients.values()]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         return norm
@@ -129,11 +131,11 @@ def all_finite(pulls: Sequence[Pull]) -> bool:
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
-def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
-    """The gradient of a guide's loss at each leaf that it read.
+def check_loss(loss: Tensor, num_images: int) -> None:
+    """Refuse what is no loss.
 
     Raises:
-        LossFault: the loss is no tensor, has not one value per image, or has no graph.
+        LossFault: it is no tensor, or has not one value per image.
     """
     if not isinstance(loss, Tensor):
         raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
@@ -142,6 +144,14 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
             f"returned shape {tuple(loss.shape)}; expected one value per image, shape "
             f"({num_images},): reduce over all axes but the first, never over the batch"
         )
+
+
+def leaf_gradients(loss: Tensor, leaves: Leaves) -> Gradients:
+    """The gradient of a guide's loss at each leaf that it read.
+
+    Raises:
+        LossFault: the loss has no graph.
+    """
     if not loss.requires_grad or not leaves.read:
         raise LossFault(
             "returned a loss without a graph; compute it from step.x0, step.rgb or step.image "

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
 from ..guidance import moves
-from ..guidance.gradients import End, LossFault, Pull, all_finite, averaged, cosines, leaf_gradients
+from ..guidance.gradients import (
+    End,
+    Gradients,
+    LossFault,
+    Pull,
+    all_finite,
+    averaged,
+    check_loss,
+    cosines,
+    leaf_gradients,
+)
 from ..guidance.graph import Leaves, SharedGraph, mark, seconds
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
@@ -99,7 +109,7 @@ class Guides:
     def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         end = self._settings[guide.name].gradient or self.preset.gradient
-        return ("latents", "x0") if end == "both" else (end,)
+        return {"both": moves.ENDS, "none": ()}.get(end, (end,))
 
     def move(
         self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None
@@ -113,7 +123,10 @@ class Guides:
         graph = SharedGraph(state.x0, self._decode, self._run.model.rgb, start)
         state.detach()
         offsets = self._offsets(state)
-        graphs, pulls = self._pulls(state, guides, graph, offsets)
+        graphs, found = self._pulls(state, guides, graph, offsets)
+        state.losses = {pull.name: pull.loss for pull in found}
+        pulls = [pull for pull in found if pull.ends]
+        self._trace += self._records(state, [pull for pull in found if not pull.ends])
         if not pulls:
             return
 
@@ -195,6 +208,8 @@ class Guides:
                 continue
             if not records:
                 yield f"{call.name!r} never gave a loss: no step lies in its window, or it was None"
+            elif not self._ends(call):
+                continue
             elif not any(norm for record in records for norm in record.gradient_norm):
                 yield f"{call.name!r} has a gradient of zero at every step: it moved nothing"
             elif (losses[-1] - losses[0]) * scale > 1e-3 * abs(losses[0] * scale):
@@ -224,12 +239,13 @@ class Guides:
     def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
         leaves, start, built = Leaves(graph), mark(graph.device), len(graph.spans)
-        loss, gradients = None, {}
+        gradients: Gradients | None = None
         with self._tolerant(state, guide.name), torch.enable_grad():
             loss = self._stack.call(guide, {"step": Step(state, guide.name, leaves)}, state.where)
             if loss is not None:
-                gradients = leaf_gradients(loss, leaves, self._run.num_images)
-        if not gradients:
+                check_loss(loss, self._run.num_images)
+                gradients = leaf_gradients(loss, leaves) if self._ends(guide) else {}
+        if gradients is None:
             return None
         own, shared = (start, mark(graph.device)), graph.spans[built:]
         if region := self.regions.get(guide.name):
@@ -299,7 +315,7 @@ class Guides:
                 },
                 seconds=pull.seconds(),
                 repeat=state.repeat,
-                final=move is None,
+                final=state.level is CLEAN,
             )
 
     def _outside(self, name: str, move: Tensor) -> Tensor:
