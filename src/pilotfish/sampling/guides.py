@@ -21,7 +21,7 @@ from ..guidance.gradients import (
     cosines,
     leaf_gradients,
 )
-from ..guidance.graph import Leaves, SharedGraph, mark, seconds
+from ..guidance.graph import Leaves, SharedGraph, mark, power_of_two, seconds
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
 from ..hooks.plugin import Guide
@@ -244,7 +244,10 @@ class Guides:
             loss = self._stack.call(guide, {"step": Step(state, guide.name, leaves)}, state.where)
             if loss is not None:
                 check_loss(loss, self._run.num_images)
-                gradients = leaf_gradients(loss, leaves) if self._ends(guide) else {}
+                loss = at_least_float32(loss)
+                power = power_of_two(loss.detach().abs())
+                scaled, count = loss * power, self._run.num_images
+                gradients = leaf_gradients(scaled, leaves, count) if self._ends(guide) else {}
         if gradients is None:
             return None
         own, shared = (start, mark(graph.device)), graph.spans[built:]
@@ -254,8 +257,9 @@ class Guides:
             name=guide.name,
             scale=self._settings[guide.name].scale,
             ends=self._ends(guide),
-            loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(graph.device),
+            loss=loss.detach().reshape(-1).to(graph.device),
             gradients=gradients,
+            size=(1 / power).reshape(-1).to(graph.device),
             area=region.area if region else 1.0,
             seconds=lambda: seconds([own]) - seconds(shared),
         )
@@ -291,21 +295,21 @@ class Guides:
         """What each guide did at this step; without a move, what it says of the result."""
         if not pulls:
             return
-        found = [torch.stack([torch.stack([p.loss, p.norm]) for p in pulls])]  # (k, 2, B)
+        found = [torch.stack([torch.stack([p.loss, p.length, p.size]) for p in pulls])]  # (k, 3, B)
         if move is not None:
             outside = torch.stack([self._outside(pull.name, move.value) for pull in pulls])
             found += [torch.stack([move.shares, outside], dim=1), cosines(pulls).permute(1, 2, 0)]
         # All numbers are read at once: a GPU must be waited for each time.
         rows = torch.cat([numbers.to(found[0]) for numbers in found], dim=1).tolist()
         for pull, row in zip(pulls, rows, strict=True):
-            loss, norm, *more = map(tuple, row)
+            loss, lengths, sizes, *more = map(tuple, row)
             share, leak, *between = more or ((), ())
             yield Record(
                 state.index,
                 state.level.sigma,
                 pull.name,
                 loss=loss,
-                gradient_norm=norm,
+                gradient_norm=tuple(n * s for n, s in zip(lengths, sizes, strict=True)),
                 share=share,
                 outside=leak if pull.name in self.regions else (),
                 cosine={
