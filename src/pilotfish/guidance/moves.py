@@ -131,10 +131,11 @@ def _sum(
 
 def _weighted(pull: Pull, preset: Preset) -> Gradients:
     """A guide's gradient times its scale and what the rule asks for."""
-    factor = torch.full_like(pull.norm, pull.scale)
+    factor = torch.full_like(pull.length, pull.scale)
     if preset.normalizes:
-        factor = factor * pull.unit()
-    elif preset.rule == "residual":  # the gradient of the loss's root
+        return pull.times(factor * pull.unit())
+    factor = factor * pull.size.to(factor)
+    if preset.rule == "residual":  # the gradient of the loss's root
         factor = factor * inverse(2 * pull.loss.clamp(min=0).sqrt()).to(factor.dtype)
     return pull.times(factor)
 

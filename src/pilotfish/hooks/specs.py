@@ -212,4 +212,9 @@ def resample(step: Step, state: Any) -> Sequence[int] | Tensor | None:
     Returns:
         (B,) indices: place i goes on as image `indices[i]` has come so far. Latents, the random
         generators of the run and of all plugins, and the scheduler's history follow.
+
+        Where a plugin has `particles`, B is that many times the run's `num_images`, with a
+        picture's candidates side by side, and it is asked before the scheduler's step, in which
+        those of one origin part: generators stay where they are. What the last step puts at the
+        first place of a picture's candidates becomes the picture.
     """

@@ -10,8 +10,18 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
 from ..guidance import moves
-from ..guidance.gradients import End, LossFault, Pull, all_finite, averaged, cosines, leaf_gradients
-from ..guidance.graph import Leaves, SharedGraph, mark, seconds
+from ..guidance.gradients import (
+    End,
+    Gradients,
+    LossFault,
+    Pull,
+    all_finite,
+    averaged,
+    check_loss,
+    cosines,
+    leaf_gradients,
+)
+from ..guidance.graph import Leaves, SharedGraph, mark, power_of_two, seconds
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
 from ..hooks.plugin import Guide
@@ -99,7 +109,7 @@ class Guides:
     def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         end = self._settings[guide.name].gradient or self.preset.gradient
-        return ("latents", "x0") if end == "both" else (end,)
+        return {"both": moves.ENDS, "none": ()}.get(end, (end,))
 
     def move(
         self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None
@@ -113,7 +123,10 @@ class Guides:
         graph = SharedGraph(state.x0, self._decode, self._run.model.rgb, start)
         state.detach()
         offsets = self._offsets(state)
-        graphs, pulls = self._pulls(state, guides, graph, offsets)
+        graphs, found = self._pulls(state, guides, graph, offsets)
+        state.losses = {pull.name: pull.loss for pull in found}
+        pulls = [pull for pull in found if pull.ends]
+        self._trace += self._records(state, [pull for pull in found if not pull.ends])
         if not pulls:
             return
 
@@ -195,6 +208,8 @@ class Guides:
                 continue
             if not records:
                 yield f"{call.name!r} never gave a loss: no step lies in its window, or it was None"
+            elif not self._ends(call):
+                continue
             elif not any(norm for record in records for norm in record.gradient_norm):
                 yield f"{call.name!r} has a gradient of zero at every step: it moved nothing"
             elif (losses[-1] - losses[0]) * scale > 1e-3 * abs(losses[0] * scale):
@@ -224,12 +239,16 @@ class Guides:
     def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
         leaves, start, built = Leaves(graph), mark(graph.device), len(graph.spans)
-        loss, gradients = None, {}
+        gradients: Gradients | None = None
         with self._tolerant(state, guide.name), torch.enable_grad():
             loss = self._stack.call(guide, {"step": Step(state, guide.name, leaves)}, state.where)
             if loss is not None:
-                gradients = leaf_gradients(loss, leaves, self._run.num_images)
-        if not gradients:
+                check_loss(loss, self._run.num_images)
+                loss = at_least_float32(loss)
+                power = power_of_two(loss.detach().abs())
+                scaled, count = loss * power, self._run.num_images
+                gradients = leaf_gradients(scaled, leaves, count) if self._ends(guide) else {}
+        if gradients is None:
             return None
         own, shared = (start, mark(graph.device)), graph.spans[built:]
         if region := self.regions.get(guide.name):
@@ -238,8 +257,9 @@ class Guides:
             name=guide.name,
             scale=self._settings[guide.name].scale,
             ends=self._ends(guide),
-            loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(graph.device),
+            loss=loss.detach().reshape(-1).to(graph.device),
             gradients=gradients,
+            size=(1 / power).reshape(-1).to(graph.device),
             area=region.area if region else 1.0,
             seconds=lambda: seconds([own]) - seconds(shared),
         )
@@ -275,21 +295,21 @@ class Guides:
         """What each guide did at this step; without a move, what it says of the result."""
         if not pulls:
             return
-        found = [torch.stack([torch.stack([p.loss, p.norm]) for p in pulls])]  # (k, 2, B)
+        found = [torch.stack([torch.stack([p.loss, p.length, p.size]) for p in pulls])]  # (k, 3, B)
         if move is not None:
             outside = torch.stack([self._outside(pull.name, move.value) for pull in pulls])
             found += [torch.stack([move.shares, outside], dim=1), cosines(pulls).permute(1, 2, 0)]
         # All numbers are read at once: a GPU must be waited for each time.
         rows = torch.cat([numbers.to(found[0]) for numbers in found], dim=1).tolist()
         for pull, row in zip(pulls, rows, strict=True):
-            loss, norm, *more = map(tuple, row)
+            loss, lengths, sizes, *more = map(tuple, row)
             share, leak, *between = more or ((), ())
             yield Record(
                 state.index,
                 state.level.sigma,
                 pull.name,
                 loss=loss,
-                gradient_norm=norm,
+                gradient_norm=tuple(n * s for n, s in zip(lengths, sizes, strict=True)),
                 share=share,
                 outside=leak if pull.name in self.regions else (),
                 cosine={
@@ -299,7 +319,7 @@ class Guides:
                 },
                 seconds=pull.seconds(),
                 repeat=state.repeat,
-                final=move is None,
+                final=state.level is CLEAN,
             )
 
     def _outside(self, name: str, move: Tensor) -> Tensor:
