@@ -109,7 +109,9 @@ class Guides:
     def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         end = self._settings[guide.name].gradient or self.preset.gradient
-        return {"both": moves.ENDS, "none": ()}.get(end, (end,))
+        if end == "none":
+            return ()
+        return moves.ENDS if end == "both" else (end,)
 
     def move(
         self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None

@@ -62,8 +62,9 @@ class Search(Plugin):
         """Of the guides that the search goes by."""
         found = {t["name"]: float(t["scale"]) for t in run.plugins if "scale" in t and "every" in t}
         names = self.settings.guides or list(found)
-        if missing := [name for name in names if name not in found] or not names:
-            what = f"none is called {missing[0]!r}" if names else "there is none"
+        missing = [name for name in names if name not in found]
+        if missing or not names:
+            what = f"none is called {missing[0]!r}" if missing else "there is none"
             raise InputError(
                 f"{type(self).__name__} chooses by the losses of guides, and {what}: add one, "
                 '"blue:gradient=none" say, which is measured and moves nothing. '
