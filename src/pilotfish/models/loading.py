@@ -14,6 +14,7 @@ from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
+from .weights import load_networks
 
 import transformers  # isort: skip  # after torchvision is mended
 
@@ -37,9 +38,14 @@ def load(
             # diffusers must be told of what a model does without, such as the T5 of SD3.
             without = [n for n in getattr(family, "optional", ()) if index.get(n) == [None, None]]
             own = {**dict.fromkeys(without), **family.pipeline_options}
-            options = {"dtype": number_format, **own, **options}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(target, **options)
-        except (OSError, ValueError) as error:
+            options = {**own, **options}
+            folder = Path(target)
+            if not folder.is_dir():
+                folder = Path(diffusers.DiffusionPipeline.download(target, **options))
+            parts = load_networks(folder, index, number_format, options)
+            options = {"dtype": number_format, **options, **parts}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), **options)
+        except (OSError, ValueError, ModelError) as error:
             raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return adapt(pipeline.to(device), id=str(model) if model else "emoji")
