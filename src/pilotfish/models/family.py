@@ -53,6 +53,7 @@ class PipelineFamily:
     cells: ClassVar[int] = 1
     guidance = frozenset({"cfg"})
     together = True
+    config: str | None = None
     vae: Any
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:

@@ -14,6 +14,7 @@ from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
+from .single_file import PICKLES, Checkpoint, locate_file
 from .weights import load_networks
 
 import transformers  # isort: skip  # after torchvision is mended
@@ -24,31 +25,55 @@ PLACE = ("revision", "cache_dir", "token", "local_files_only", "force_download",
 
 
 def load(
-    model: Any = None, *, device: Any = None, dtype: Any = None, **options: Any
+    model: Any = None,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    config: str | Path | None = None,
+    **options: Any,
 ) -> LatentDiffusion:
     """Load the networks; see `pilotfish.load`."""
     device, target, number_format = parse_device(device), locate(model), parse_dtype(dtype)
+    name, single = str(model or target), os.path.isfile(target)
+    if config is not None and not single:
+        raise InputError(f"config goes with one file of a whole checkpoint; {name} is none")
+    source = None if config is None else locate(config)
     with _quiet():
         try:
             # The model's index alone: what cannot be used is not downloaded.
-            place = {name: options[name] for name in PLACE if name in options}
-            index = diffusers.DiffusionPipeline.load_config(target, **place)
-            name = index.get("_class_name", "") if isinstance(index, Mapping) else ""
-            family = family_of(str(name), f"model {str(model or target)!r}")
+            place = {key: options[key] for key in PLACE if key in options}
+            if single:
+                checkpoint = Checkpoint.of(target)
+                index = checkpoint.index(source, **place)
+            else:
+                index = diffusers.DiffusionPipeline.load_config(target, **place)
+            kind = index.get("_class_name", "") if isinstance(index, Mapping) else ""
+            family = family_of(str(kind), f"model {name!r}")
             # diffusers must be told of what a model does without, such as the T5 of SD3.
             without = [n for n in getattr(family, "optional", ()) if index.get(n) == [None, None]]
-            own = {**dict.fromkeys(without), **family.pipeline_options}
-            options = {**own, **options}
-            folder = Path(target)
-            if not folder.is_dir():
-                folder = Path(diffusers.DiffusionPipeline.download(target, **options))
-            parts = load_networks(folder, index, number_format, options)
-            options = {"dtype": number_format, **options, **parts}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), **options)
+            options = {**dict.fromkeys(without), **family.pipeline_options, **options}
+            if single:
+                source = source or checkpoint.usual
+                pipeline = checkpoint.pipeline(source, index, number_format, options)
+            else:
+                pipeline = _of_folder(target, index, number_format, options)
         except (OSError, ValueError, ModelError) as error:
-            raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
+            raise ModelError(f"cannot load the model {name!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return adapt(pipeline.to(device), id=str(model) if model else "emoji")
+    loaded = adapt(pipeline.to(device), id=str(model) if model else "emoji")
+    loaded.config = None if config is None else str(config)
+    return loaded
+
+
+def _of_folder(
+    target: str, index: Mapping[str, Any], dtype: torch.dtype, options: Mapping[str, Any]
+) -> Any:
+    """The pipeline of a folder or hub id."""
+    kind, folder = diffusers.DiffusionPipeline, Path(target)
+    if not folder.is_dir():
+        folder = Path(kind.download(target, **options))
+    parts = load_networks(folder, index, dtype, options)
+    return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
 
 
 def adapt(pipeline: Any, id: str | None = None) -> LatentDiffusion:
@@ -80,11 +105,11 @@ def family_of(name: str, owner: str) -> Any:
 
 
 def locate(model: str | Path | None) -> str:
-    """A folder or hub id: the one given, or an installed model's folder (default: "emoji").
+    """A folder, file or hub id: the one given, or an installed model's folder (default: "emoji").
 
     Raises:
-        InputError: there is no such folder, it is a file, or no model was named and the one that
-            ships is not installed.
+        InputError: there is no such folder or file, it is no .safetensors file, or no model was
+            named and the one that ships is not installed.
     """
     name = "emoji" if model is None else str(model)
     if name in registry.installed(registry.MODEL_GROUP):
@@ -96,12 +121,8 @@ def locate(model: str | Path | None) -> str:
             "(or name another one: a diffusers folder or a hub id)"
         )
     place = Path(os.path.expanduser(name))
-    if place.is_file() or place.suffix in (".safetensors", ".ckpt", ".bin"):
-        raise InputError(
-            f"{name} is one file; expected a folder in the diffusers layout, or a hub id. Make a "
-            f"folder of it: diffusers.StableDiffusionPipeline.from_single_file({str(place)!r})"
-            ".save_pretrained('FOLDER')"
-        )
+    if place.is_file() or place.suffix in (".safetensors", *PICKLES):
+        return locate_file(name)
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
     return str(place) if place.is_dir() else name

@@ -212,7 +212,8 @@ class LatentDiffusion(Protocol):
     """A latent diffusion model.
 
     Attributes:
-        id: the folder or hub id that it came from.
+        id: the folder, file or hub id that it came from.
+        config: the folder or hub id of a single file's configuration, where one was named.
         folder: where it lies on this disk, if it does.
         factor: pixels of the picture for each cell of the latents, along a side.
         guidance: "cfg": by two predictions; "embedded": told to the network.
@@ -224,6 +225,7 @@ class LatentDiffusion(Protocol):
     """
 
     id: str | None
+    config: str | None
     folder: Path | None
     device: torch.device
     dtype: torch.dtype

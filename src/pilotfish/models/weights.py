@@ -77,23 +77,38 @@ def load_network(kind: Any, place: Any, name: str, dtype: Any, **options: Any) -
             **{key: dtype},
             **options,
         )
-    other = {n: f"{n} {tuple(had)} for {tuple(has)}" for n, had, has in found["mismatched_keys"]}
-    expected = network.state_dict()
     # What the index of several files lists counts as found, also where its file lacks it.
-    missing = {*found["missing_keys"], *without_value(network)} - other.keys()
-    missing = {n for n in missing if not n.endswith("num_batches_tracked")}  # for training alone
-    layers = {_layer(n) for n in expected}
+    missing = {*found["missing_keys"], *without_value(network)}
+    had = {n: tuple(t.shape) for n, t in network.state_dict().items() if n not in missing}
+    had |= {n: tuple(shape) for n, shape, _ in found["mismatched_keys"]}
+    check_shapes(name, network, {**dict.fromkeys(found["unexpected_keys"], ()), **had})
+    return network
+
+
+def check_shapes(name: str, network: nn.Module, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold a network to what a file has.
+
+    Args:
+        found: shapes by name.
+
+    Raises:
+        ModelError: tensors are missing, of another shape, or of layers that it does not have.
+    """
+    expected = {n: tuple(t.shape) for n, t in network.state_dict().items()}
+    shapes = {n: f"{n} {found[n]} for {s}" for n, s in expected.items() if found.get(n, s) != s}
+    # Of which training alone makes use.
+    missing = {n for n in expected.keys() - found if not n.endswith("num_batches_tracked")}
     # Any other tensor that the network has no place for (`position_ids`) is harmless.
-    further = [n for n in found["unexpected_keys"] if _layer(n) in layers]
+    layers = {_layer(n) for n in expected}
+    further = [n for n in found.keys() - expected if _layer(n) in layers]
     check_whole(
         name,
         {
             f"{{}} of its {len(expected)} tensors are missing": missing,
-            "{} tensors are of another shape": other.values(),
+            "{} tensors are of another shape": shapes.values(),
             "{} tensors are of layers that its config.json leaves out": further,
         },
     )
-    return network
 
 
 def check_whole(name: str, faults: Mapping[str, Iterable[str]]) -> None:
