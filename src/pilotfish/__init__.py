@@ -132,6 +132,7 @@ def load(
     device: Any = None,
     dtype: Any = None,
     config: Any = None,
+    offload: str | None = None,
     **options: Any,
 ) -> Sampler:
     """A sampler for a model.
@@ -144,6 +145,8 @@ def load(
         config: of one file: the folder or hub id of a model with its configuration and tokenizers,
             and with the text encoders and VAE that the file lacks; None downloads what diffusers
             has for its layout.
+        offload: "text": text encoders stay on the CPU, and are on the device only while a run's
+            prompts are encoded, on copies that end with that.
         options: passed on to the pipeline's `from_pretrained` (`variant`, `revision`) or
             `from_single_file`. With a `quantization_config`, what is missing is not looked for.
 
@@ -154,7 +157,8 @@ def load(
     from .models import loading
     from .sampling.sampler import Sampler
 
-    return Sampler(loading.load(model, device=device, dtype=dtype, config=config, **options))
+    how = {"device": device, "dtype": dtype, "config": config, "offload": offload}
+    return Sampler(loading.load(model, **how, **options))
 
 
 def make_plugin(item: Any) -> Any:

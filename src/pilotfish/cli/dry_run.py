@@ -34,6 +34,7 @@ def plan(stack: Stack, run: Run, model: Mapping[str, str | None]) -> dict[str, A
     if model["device"] is not None:
         loading.parse_device(model["device"])
     loading.parse_dtype(model["dtype"])
+    loading.check_offload(model["offload"])
     name, folder, num_steps = model["model"] or "emoji", Path(loading.locate(model["model"])), None
     if folder.is_file() and model["config"] is not None:
         folder = Path(loading.locate(model["config"]))

@@ -57,6 +57,9 @@ Model = dict[str, str | None]  # as `pilotfish.load` takes it
 @run_options
 @click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu  [default: the best]")
 @click.option("--dtype", metavar="NAME", help="bfloat16, float16 ...  [default: float32]")
+@click.option(
+    "--offload", metavar="text", help="Text encoders leave the device once prompts are encoded."
+)
 @click.option("--run", "run_file", metavar="RUN.toml", help="Repeat a run; options override it.")
 @click.option(
     "-s",
@@ -85,6 +88,7 @@ def generate(
     film: str | None,
     film_decoded: bool,
     device: str | None,
+    offload: str | None,
     dry_run: bool,
     as_json: bool,
     **options: str | None,
@@ -100,7 +104,7 @@ def generate(
     from .overrides import compose
 
     content = compose(run_file, uses, changes, options)
-    model = {**of_model(content), "device": device}
+    model = {**of_model(content), "device": device, "offload": offload}
     # Whatever a plugin or a library prints must not get between the lines of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         stack, run = build(content)

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +19,7 @@ from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
 from .copies import offload_hook, own_copy
-from .protocol import Again, Defaults, Generators, Site, TextEncoder
+from .protocol import Again, Defaults, Generators, TextEncoder
 from .schedulers import diffusers
 from .text import ClipText
 
@@ -38,8 +39,8 @@ class PipelineFamily:
         optional: parts that it may do without.
         upcasts: whether the pipeline runs a half-precision VAE in float32 where that asks for it.
         cells: how many of the VAE's cells are one of the latents, along a side.
-        folder: the pipeline's own, where it came from one; a plugin may find there what was trained
-            along with the model.
+        offload: "text" where the text encoders wait on the CPU.
+        folder: the pipeline's own, if any; a plugin may find there what was trained with it.
 
     Raises:
         ModelError: the pipeline is of another kind, or its parts do not fit together.
@@ -54,6 +55,7 @@ class PipelineFamily:
     guidance = frozenset({"cfg"})
     together = True
     config: str | None = None
+    offload: str | None = None
     vae: Any
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:
@@ -113,7 +115,9 @@ class PipelineFamily:
         for name in self._networks:
             setattr(self, name, getattr(pipeline, name))
         self.scheduler = pipeline.scheduler
-        self.device = torch.device(pipeline._execution_device)
+        self.device = next(self.denoiser.parameters()).device
+        if self.device.type in ("cpu", "meta"):  # where hooks let weights wait
+            self.device = torch.device(pipeline._execution_device)
         self.dtype = decoders.dtype_of(self.denoiser)
         self.factor = int(pipeline.vae_scale_factor) * self.cells
         self.offloads = any(offload_hook(getattr(self, name)) for name in self._networks)
@@ -121,7 +125,11 @@ class PipelineFamily:
             self.vae = self._vae_float32()
         sides = (self._side, self._side) if isinstance(self._side, int) else self._side
         self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
-        self.text_encoders = self._encoders()
+        self.text_encoders = self._text()
+
+    def _text(self) -> Sequence[TextEncoder]:
+        encoders: Sequence[Any] = self._encoders()
+        return [replace(e, waits=self.offload == "text") for e in encoders]
 
     def _refuse(self) -> None:
         pipeline = self._pipeline
@@ -161,7 +169,7 @@ class PipelineFamily:
             return model
         for name in model._networks:
             setattr(model, name, own_copy(getattr(model, name)))
-        model.text_encoders = model._encoders()
+        model.text_encoders = model._text()
         if not model.refuse_gradients():
             for network in (model.denoiser, model.vae):
                 checkpoint_layers(network, checkpointing, again)
@@ -340,11 +348,3 @@ class PipelineFamily:
         found = (config.latents_mean, config.latents_std)
         mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
         return mean, std
-
-
-def joint_sites(transformer: Any) -> tuple[Site, ...]:
-    """The attention of blocks to which image tokens and text tokens come apart."""
-    return tuple(
-        Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-        for i, block in enumerate(transformer.transformer_blocks)
-    )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, pack, places, true_cfg_scale, unpack
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import joint_sites
 from .text import T5Text
 
 

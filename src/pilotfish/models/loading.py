@@ -6,9 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
@@ -30,9 +31,11 @@ def load(
     device: Any = None,
     dtype: Any = None,
     config: str | Path | None = None,
+    offload: str | None = None,
     **options: Any,
 ) -> LatentDiffusion:
     """Load the networks; see `pilotfish.load`."""
+    check_offload(offload)
     device, target, number_format = parse_device(device), locate(model), parse_dtype(dtype)
     name, single = str(model or target), os.path.isfile(target)
     if config is not None and not single:
@@ -60,7 +63,12 @@ def load(
         except (OSError, ValueError, ModelError) as error:
             raise ModelError(f"cannot load the model {name!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    loaded = adapt(pipeline.to(device), id=str(model) if model else "emoji")
+    if offload is None:
+        pipeline.to(device)
+    for name, part in pipeline.components.items() if offload else ():
+        if isinstance(part, nn.Module) and not name.startswith("text_encoder"):
+            part.to(device)
+    loaded = adapt(pipeline, str(model) if model else "emoji", offload)
     loaded.config = None if config is None else str(config)
     return loaded
 
@@ -76,17 +84,35 @@ def _of_folder(
     return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
 
 
-def adapt(pipeline: Any, id: str | None = None) -> LatentDiffusion:
+def adapt(pipeline: Any, id: str | None = None, offload: str | None = None) -> LatentDiffusion:
     """The networks of a pipeline as the engine uses them.
 
     Raises:
+        InputError: `offload` is neither None nor "text".
         ModelError: no family takes pipelines of this kind, or it refuses this one.
     """
+    check_offload(offload)
     known = registry.installed(registry.FAMILY_GROUP)
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     name = next((name for name in names if name in known), names[0])
-    adapted: LatentDiffusion = family_of(name, "this pipeline")(pipeline, id)
-    return adapted
+    adapted: Any = family_of(name, "this pipeline")(pipeline, id)
+    if offload:
+        if adapted.offloads:
+            raise ModelError("offload='text': hooks of the pipeline offload its networks already")
+        for encoder in adapted.text_encoders:
+            encoder.network.to("cpu")
+        adapted.offload = offload  # from the next run on
+    return cast("LatentDiffusion", adapted)
+
+
+def check_offload(offload: str | None) -> None:
+    """Refuse what is not offloaded here.
+
+    Raises:
+        InputError: see there.
+    """
+    if offload not in (None, "text"):
+        raise InputError(f"offload must be 'text', or None for nothing; got {offload!r}")
 
 
 def family_of(name: str, owner: str) -> Any:

@@ -110,6 +110,9 @@ class TextEncoder(Protocol):
             UserWarning: words were dropped; names them.
         """
 
+    def on(self, device: torch.device) -> TextEncoder:
+        """The same encoder, ready on a device, where its network waits elsewhere."""
+
     def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
 

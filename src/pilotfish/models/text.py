@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .copies import own_copy
 from .protocol import Embedding, OnToken, Role, Tokens
 
 # Tokenizers keep truncation and padding in themselves: two threads would change each other's.
@@ -38,6 +39,7 @@ class ClipText:
             one after the final norm.
         words: what plugins added: text as the tokenizer gets it, by word.
         vectors: the vector (D,) and name of each token that they added, by id.
+        waits: whether the network is on the CPU, and elsewhere only while prompts are encoded.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ClipText:
     layer: int | None = None
     words: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[int, tuple[Tensor, str]] = field(default_factory=dict)
+    waits: bool = field(default=False, kw_only=True)
     between: ClassVar[str] = " "  # the pieces of an added word, where a space is no token
 
     @property
@@ -151,6 +154,10 @@ class ClipText:
         longest_first = "|".join(map(re.escape, sorted(exact, key=len, reverse=True)))
         pattern = re.compile(longest_first, re.IGNORECASE if same else 0)
         return pattern.sub(lambda m: exact.get(m[0]) or lower.get(m[0].lower(), m[0]), text)
+
+    def on(self, device: torch.device) -> ClipText:
+        """The same encoder, with a copy of its network there if that waits on the CPU."""
+        return replace(self, network=own_copy(self.network, device)) if self.waits else self
 
     def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
