@@ -23,3 +23,13 @@ def unet_sites(unet: Any) -> tuple[Site, ...]:
         for name, module in unet.named_modules()
         if name.rpartition(".")[2] in kinds
     )
+
+
+def ip_adapter_problem(transformer: Any) -> str | None:
+    """Why a transformer whose attention sees a further image cannot be driven by a prompt alone."""
+    if any("IPAdapter" in type(p).__name__ for p in transformer.attn_processors.values()):
+        return (
+            "an IP-Adapter is loaded, whose image no run gives; call pipeline.unload_ip_adapter() "
+            "first"
+        )
+    return None
