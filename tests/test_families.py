@@ -590,3 +590,35 @@ def test_flowmatch_lcm_draws_from_the_runs_generator_as_diffusers_scheduler_does
         latents = scheduler.step(velocity, timestep, latents, generator=generator).prev_sample
     run = {"guidance_scale": 1.0, "scheduler": "flowmatch-lcm", "steps": 4}
     assert torch.equal(ours("sd3", **run), latents)
+
+
+@pytest.mark.parametrize("family", ["z-image", "qwen-image", "flux2-klein"])
+def test_what_a_qwen_drops_of_a_long_prompt_is_told_and_is_what_does_not_count(family):
+    """Letters are tokens of its tiny tokenizer; a template of its own stands around the prompt."""
+    options = {**ROWS[family].unguided, "max_sequence_length": LONG["max_sequence_length"]}
+    sampler = random_sampler(family=family)
+    for length in (20, 400):
+        prompt = "a" * length + "ZEBRA"
+        with warnings.catch_warnings(record=True, action="always") as told:
+            found = sampler(prompt, seed=3, steps=2, **{**SIZE, **options}).latents
+        messages = [str(w.message) for w in told if "Dropped" in str(w.message)]
+        assert len(messages) == (length == 400)
+        if messages:
+            assert messages[0].endswith("aaaZEBRA'")
+            kept = 400 - messages[0].partition("Dropped: '")[2].count("a")
+            assert 0 < kept <= LONG["max_sequence_length"]
+            # What is told is what counts: another letter there changes nothing, one before it does.
+            for at, same in ((kept, True), (kept - 1, False)):
+                other = prompt[:at] + "b" + prompt[at + 1 :]
+                with warnings.catch_warnings(action="ignore"):
+                    changed = sampler(other, seed=3, steps=2, **{**SIZE, **options}).latents
+                assert torch.equal(changed, found) == same
+
+
+def test_a_qwen_image_that_is_told_its_guidance_scale_asks_for_it():
+    pipeline = random_pipeline(family="qwen-image")
+    config = {**pipeline.transformer.config, "guidance_embeds": True}
+    pipeline.transformer.register_to_config(**config)
+    sampler = Sampler.from_pipeline(pipeline)
+    with pytest.raises(InputError, match="told its guidance_scale; give one"):
+        sampler(PROMPT, steps=1, **SIZE)

@@ -126,24 +126,39 @@ _LAZY = {
 }
 
 
-def load(model: Any = None, *, device: Any = None, dtype: Any = None, **options: Any) -> Sampler:
+def load(
+    model: Any = None,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    config: Any = None,
+    offload: str | None = None,
+    **options: Any,
+) -> Sampler:
     """A sampler for a model.
 
     Args:
-        model: a folder in the diffusers layout, a hub id, or an installed model's name; None is
-            the emoji model that ships.
+        model: a folder in the diffusers layout, a hub id, an installed model's name, or one
+            .safetensors file of a whole checkpoint; None is the emoji model that ships.
         device: None is the accelerator that torch has here (CUDA, MPS ...), or the CPU.
         dtype: torch.float32 (None), float16 or bfloat16, or its name.
-        options: passed on to `StableDiffusionPipeline.from_pretrained` (`variant`, `revision`).
+        config: of one file: the folder or hub id of a model with its configuration and tokenizers,
+            and with the text encoders and VAE that the file lacks; None downloads what diffusers
+            has for its layout.
+        offload: "text": text encoders stay on the CPU, and are on the device only while a run's
+            prompts are encoded, on copies that end with that.
+        options: passed on to the pipeline's `from_pretrained` (`variant`, `revision`) or
+            `from_single_file`. With a `quantization_config`, what is missing is not looked for.
 
     Raises:
         InputError: the model, its folder or the dtype does not exist.
-        ModelError: the model cannot be loaded, or is not Stable Diffusion 1.x or 2.x.
+        ModelError: the model cannot be loaded, or no model family takes it.
     """
     from .models import loading
     from .sampling.sampler import Sampler
 
-    return Sampler(loading.load(model, device=device, dtype=dtype, **options))
+    how = {"device": device, "dtype": dtype, "config": config, "offload": offload}
+    return Sampler(loading.load(model, **how, **options))
 
 
 def make_plugin(item: Any) -> Any:

@@ -13,11 +13,11 @@ from ..hooks.plugin import Plugin
 from ..hooks.registry import Entry, use_of
 from ..hooks.stack import by_name
 from ..hooks.use import parse_use, parse_value
-from ..runs.run import KEYS, unknown_key
+from ..runs.run import KEYS, MODEL_KEYS, unknown_key
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
 TEXT_KEYS = {
-    *("model", "dtype", "preset", "prompt", "negative_prompt"),
+    *(*MODEL_KEYS, "preset", "prompt", "negative_prompt"),
     *(n for n, f in KEYS.items() if f.annotation is str or get_origin(f.annotation) is Literal),
 }
 
@@ -91,7 +91,7 @@ def _preset(preset: Any, key: str, text: str) -> dict[str, Any]:
 
 
 def _known_key(key: str) -> str:
-    known = {*KEYS, "model", "dtype"}
+    known = {*KEYS, *MODEL_KEYS}
     if key not in known:
         raise unknown_key("key", key, [*known, *KNOBS, "plugins.NAME.SETTING"])
     return key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -34,6 +35,7 @@ from .program import debug_option
 NEEDED = ("pilotfish", "torch", "diffusers", "transformers", "pluggy", "pydantic")
 OPTIONAL = ("torchvision", "open-clip-torch", "matplotlib")
 NONE = {
+    "guiding, computed for bfloat16": "this machine does not say how much memory it has",
     "model families": "none: reinstall pilotfish",
     "models": "none installed; `pip install pilotfish-emoji` gives one that runs offline",
     "plugins": "none",
@@ -67,6 +69,7 @@ def examine() -> tuple[str, int]:
     sections = {
         "versions": [*versions(), *networks()],
         "devices": devices(),
+        "guiding, computed for bfloat16": list(guiding()),
         "model families": list(offers(FAMILY_GROUP, _check_family)),
         "models": list(offers(MODEL_GROUP, _check_model)),
         "plugins": list(offers(PLUGIN_GROUP, _check_plugin)),
@@ -124,6 +127,34 @@ def devices() -> list[Finding]:
     if torch.backends.mps.is_available():
         found.append(Finding("mps", "Apple GPU"))
     return [*found, Finding("cpu", f"{torch.get_num_threads()} of {os.cpu_count()} threads")]
+
+
+def guiding() -> Iterator[Finding]:
+    """Which models can be guided through the network on the best device, and the first way to."""
+    if attempt(_torch):
+        return
+    device, gib = room()
+    peaks = json.loads(Path(__file__).with_name("memory.json").read_text(encoding="utf-8"))
+    for name, ways in peaks.items() if gib else ():
+        if device != "cuda":  # text encoders that are away would be in the same memory
+            ways = {way: peak for way, peak in ways.items() if "text off" not in way}
+        # A tenth of the memory is for what is not computed, see docs/models.md.
+        found = next((way for way, peak in ways.items() if peak <= 0.9 * gib), None)
+        least = f"no: {min(ways.values())} GiB at least, of {gib:.0f}"
+        yield Finding(name, f"on {device}: {found or least}")
+
+
+def room() -> tuple[str, float]:
+    """The device that a model goes to by default, and its memory in GiB; 0 if unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_properties(0).total_memory / 2**30
+    if torch.backends.mps.is_available():
+        return "mps", torch.mps.recommended_max_memory() / 2**30
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # on Windows
+        return "cpu", 0.0
+    return "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def offers(group: str, check: Callable[[Installed], None]) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from ..models import loading, schedulers
 from ..models.decoders import locate_tiny
 from ..models.protocol import Defaults
 from ..models.schedulers import diffusers
-from ..runs.run import MODELS, Run
+from ..runs.run import FOUND, MODELS, Run
 from ..sampling.schedule import Schedule
 from .listing import columns
 
@@ -34,7 +34,10 @@ def plan(stack: Stack, run: Run, model: Mapping[str, str | None]) -> dict[str, A
     if model["device"] is not None:
         loading.parse_device(model["device"])
     loading.parse_dtype(model["dtype"])
+    loading.check_offload(model["offload"])
     name, folder, num_steps = model["model"] or "emoji", Path(loading.locate(model["model"])), None
+    if folder.is_file() and model["config"] is not None:
+        folder = Path(loading.locate(model["config"]))
     if folder.is_dir():
         run, num_steps = resolved(run, folder, name)
     elif run.scheduler is not None:
@@ -45,7 +48,7 @@ def plan(stack: Stack, run: Run, model: Mapping[str, str | None]) -> dict[str, A
     return {
         "model": name,
         "num_steps": num_steps,
-        "run": run.model_dump(exclude={"model_id", "dtype", "plugins"}),
+        "run": run.model_dump(exclude={*FOUND}),
         "plugins": [
             {"name": name, **described(entry, run, num_steps)}
             for name, entry in stack.entries.items()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..runs.run import Run
     from ..sampling.sampler import Result, Stream
 
-Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` takes them
+Model = dict[str, str | None]  # as `pilotfish.load` takes it
 
 
 @click.command(cls=Options)
@@ -44,10 +44,22 @@ Model = dict[str, str | None]  # model, device and dtype, as `pilotfish.load` ta
     metavar="FILE",
     help="The picture; for several images FILE-1, FILE-2 ...",
 )
-@click.option("--model", metavar="FOLDER|HUB_ID|NAME", help="[default: the emoji model]")
+@click.option(
+    "--model",
+    metavar="FOLDER|HUB_ID|NAME|FILE.safetensors",
+    help="[default: the emoji model]",
+)
+@click.option(
+    "--config",
+    metavar="FOLDER|HUB_ID",
+    help="Of a FILE.safetensors: a model with its configuration  [default: downloaded]",
+)
 @run_options
 @click.option("--device", metavar="NAME", help="cuda, cuda:1, mps, cpu  [default: the best]")
 @click.option("--dtype", metavar="NAME", help="bfloat16, float16 ...  [default: float32]")
+@click.option(
+    "--offload", metavar="text", help="Text encoders leave the device once prompts are encoded."
+)
 @click.option("--run", "run_file", metavar="RUN.toml", help="Repeat a run; options override it.")
 @click.option(
     "-s",
@@ -76,6 +88,7 @@ def generate(
     film: str | None,
     film_decoded: bool,
     device: str | None,
+    offload: str | None,
     dry_run: bool,
     as_json: bool,
     **options: str | None,
@@ -91,8 +104,7 @@ def generate(
     from .overrides import compose
 
     content = compose(run_file, uses, changes, options)
-    model = {"model": content.pop("model", None), "dtype": content.pop("dtype", None)}
-    model["device"] = device
+    model = {**of_model(content), "device": device, "offload": offload}
     # Whatever a plugin or a library prints must not get between the lines of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         stack, run = build(content)
@@ -102,6 +114,13 @@ def generate(
             output = Output(out, save_run, film, film_decoded)
             text, answer = make_pictures(stack, run, model, output)
     click.echo(json.dumps(answer, indent=2) if as_json else text)
+
+
+def of_model(content: dict[str, Any]) -> Model:
+    """Take out of a run what `pilotfish.load` is told."""
+    from ..runs.run import MODEL_KEYS
+
+    return {key: content.pop(key, None) for key in MODEL_KEYS}
 
 
 def build(content: Mapping[str, Any]) -> tuple[Stack, Run]:

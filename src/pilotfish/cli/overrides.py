@@ -34,6 +34,8 @@ def completed(
     texts = given(options)
     if "preset" in texts:  # before --set, which may change one of its knobs
         content["preset"] = texts.pop("preset")
+    if "model" in texts:  # another one's configuration is not this one's
+        content.pop("config", None)
     content = functools.reduce(changed, changes, content)
     return functools.reduce(_with_option, texts.items(), content)
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .generate import Output, build, make_pictures
+from .generate import Output, build, make_pictures, of_model
 from .program import debug_option
 
 
@@ -50,7 +50,7 @@ def replay(
         click.echo(text, nl=False)
         return
     content = completed(checked(text, picture, model, yes), (), changes, {})
-    networks = {"model": content.pop("model", None), "dtype": content.pop("dtype", None)}
+    networks = of_model(content)
     with contextlib.redirect_stdout(sys.stderr):  # what plugins print
         answer, _ = make_pictures(*build(content), {**networks, "device": device}, Output(out))
     click.echo(answer)
@@ -68,7 +68,9 @@ def checked(text: str, origin: str, model: str | None, trusted: bool) -> dict[st
 
     content = Run.parse(text, origin)
     content["plugins"] = [table(item) for item in content["plugins"]]
-    asked = [*asks({**content, "model": None if model else content.get("model")})]
+    if model:
+        content = {**content, "model": None, "config": None}
+    asked = [*asks(content)]
     if asked and not trusted:
         raise InputError(
             f"{origin} asks for what pilotfish does for nobody unasked: {'; '.join(asked)}. Read "

@@ -16,9 +16,10 @@ MOST = 1000  # steps, images ...; a run of more should be meant
 
 def asks(content: Mapping[str, Any]) -> Iterator[str]:
     """What a run would import, open or download beyond what is installed here under a name."""
-    model = content.get("model")
-    if model is not None and str(model) not in installed(MODEL_GROUP):
-        yield f"model {model!r}, a folder or a download"
+    for key in ("model", "config"):
+        model = content.get(key)
+        if model is not None and str(model) not in installed(MODEL_GROUP):
+            yield f"{key} {model!r}, a folder or a download"
     for plugin in content["plugins"]:
         yield from _plugin_asks(plugin)
     if ":" in (decoder := str(content.get("decoder", ""))):

@@ -14,15 +14,19 @@ HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 HOLDERS = {types.MethodType, functools.partial}
 
 
-def own_copy(network: Any) -> Any:
+def own_copy(network: Any, device: Any = None) -> Any:
     """A network's modules once more, over the same weights, which ask for no gradient there.
 
     A network whose weights hooks move between devices stays as it is: a copy would keep them.
+
+    Args:
+        device: where its weights shall lie; None is where they are.
     """
     if offload_hook(network):
         return network
     modules = list(network.modules())
     copies = {id(module): module.__new__(type(module)) for module in modules}
+    weights = {id(p): _frozen(p, device) for p in network.parameters()}  # tied ones stay so
     for module in modules:
         twin = copies[id(module)]
         own = vars(twin)
@@ -30,8 +34,8 @@ def own_copy(network: Any) -> Any:
         for name in [name for name, value in own.items() if type(value) in HOLDERS]:
             own[name] = _rebound(own[name], module, twin)
         own["_modules"] = {n: m and copies[id(m)] for n, m in module._modules.items()}
-        own["_parameters"] = {n: _frozen(p) for n, p in module._parameters.items()}
-        own["_buffers"] = dict(module._buffers)
+        own["_parameters"] = {n: weights.get(id(p)) for n, p in module._parameters.items()}
+        own["_buffers"] = {n: b if b is None else b.to(device) for n, b in module._buffers.items()}
         for name in HOOKS:
             own[name] = own[name].copy() if own[name] else type(own[name])()  # mostly empty
     return copies[id(network)]
@@ -59,10 +63,12 @@ def make_eager(network: Any) -> None:
         vars(module)["_compiled_call_impl"] = None
 
 
-def _frozen(parameter: Any) -> Any:
-    if type(parameter) is nn.Parameter and parameter.requires_grad:
-        return nn.Parameter(parameter.detach(), requires_grad=False)
-    return parameter  # frozen already, or of a kind that has more to it: quantised
+def _frozen(parameter: Any, device: Any) -> Any:
+    if device is None and not parameter.requires_grad:
+        return parameter
+    if type(parameter) is nn.Parameter:
+        return nn.Parameter(parameter.detach().to(device), requires_grad=False)
+    return parameter if device is None else parameter.to(device)  # one that is quantised
 
 
 def _rebound(value: Any, module: Any, twin: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32
 from .schedulers import diffusers
+from .weights import load_network
 
 
 def enlarged(rgb: Tensor, factor: int) -> Tensor:
@@ -87,9 +88,9 @@ def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> An
         config = kind.load_config(target)
         if config.get("_class_name") != kind.__name__:
             raise ValueError(f"it holds {config.get('_class_name')}")
-        tiny = kind.from_pretrained(target, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load an AutoencoderTiny from {target!r}: {error}") from error
+    tiny = load_network(kind, target, f"AutoencoderTiny {target!r}", dtype)
     own = tiny.config
     enlarges = own.upsampling_scaling_factor ** (len(own.num_decoder_blocks) - 1)
     if (own.latent_channels, enlarges) != (channels, factor):

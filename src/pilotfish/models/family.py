@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -38,8 +39,8 @@ class PipelineFamily:
         optional: parts that it may do without.
         upcasts: whether the pipeline runs a half-precision VAE in float32 where that asks for it.
         cells: how many of the VAE's cells are one of the latents, along a side.
-        folder: the pipeline's own, where it came from one; a plugin may find there what was trained
-            along with the model.
+        offload: "text" where the text encoders wait on the CPU.
+        folder: the pipeline's own, if any; a plugin may find there what was trained with it.
 
     Raises:
         ModelError: the pipeline is of another kind, or its parts do not fit together.
@@ -53,12 +54,13 @@ class PipelineFamily:
     cells: ClassVar[int] = 1
     guidance = frozenset({"cfg"})
     together, masked = True, False
+    config: str | None = None
+    offload: str | None = None
     vae: Any
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:
         self._pipeline, self.id = pipeline, id
-        # None where the pipeline was put together in Python.
-        origin = getattr(pipeline, "name_or_path", None)
+        origin = getattr(pipeline, "name_or_path", None)  # None if it was put together in Python
         self.folder = Path(origin) if origin and Path(origin).is_dir() else None
         self._made: dict[Any, Any] = {}  # from these networks, for all runs
         self._read()
@@ -112,7 +114,9 @@ class PipelineFamily:
         for name in self._networks:
             setattr(self, name, getattr(pipeline, name))
         self.scheduler = pipeline.scheduler
-        self.device = torch.device(pipeline._execution_device)
+        self.device = next(self.denoiser.parameters()).device
+        if self.device.type in ("cpu", "meta"):  # where hooks let weights wait
+            self.device = torch.device(pipeline._execution_device)
         self.dtype = decoders.dtype_of(self.denoiser)
         self.factor = int(pipeline.vae_scale_factor) * self.cells
         self.offloads = any(offload_hook(getattr(self, name)) for name in self._networks)
@@ -121,7 +125,11 @@ class PipelineFamily:
         sides = (self._side, self._side) if isinstance(self._side, int) else self._side
         self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
         self.size = self.defaults.height, self.defaults.width
-        self.text_encoders = self._encoders()
+        self.text_encoders = self._text()
+
+    def _text(self) -> Sequence[TextEncoder]:
+        encoders: Sequence[Any] = self._encoders()
+        return [replace(e, waits=self.offload == "text") for e in encoders]
 
     def _refuse(self) -> None:
         pipeline = self._pipeline
@@ -161,7 +169,7 @@ class PipelineFamily:
             return model
         for name in model._networks:
             setattr(model, name, own_copy(getattr(model, name)))
-        model.text_encoders = model._encoders()
+        model.text_encoders = model._text()
         if not model.refuse_gradients():
             for network in (model.denoiser, model.vae):
                 checkpoint_layers(network, checkpointing, again)

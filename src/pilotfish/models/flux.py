@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .packed import PackedFamily, pack, places, true_cfg_scale, unpack
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
-from .sites import block_sites, joint_sites
+from .sites import block_sites, ip_adapter_problem, joint_sites
 from .text import T5Text
 
 
@@ -79,7 +79,7 @@ class Flux(PackedFamily):
                 "VAE's latents: it takes more than latents and a prompt (Fill, Depth, Canny, "
                 "Kontext), or the two are of two models"
             )
-        return None
+        return ip_adapter_problem(pipeline.transformer)
 
 
 if TYPE_CHECKING:

@@ -6,14 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
+from .single_file import PICKLES, Checkpoint, locate_file
+from .weights import load_networks
 
 import transformers  # isort: skip  # after torchvision is mended
 
@@ -23,39 +26,93 @@ PLACE = ("revision", "cache_dir", "token", "local_files_only", "force_download",
 
 
 def load(
-    model: Any = None, *, device: Any = None, dtype: Any = None, **options: Any
+    model: Any = None,
+    *,
+    device: Any = None,
+    dtype: Any = None,
+    config: str | Path | None = None,
+    offload: str | None = None,
+    **options: Any,
 ) -> LatentDiffusion:
     """Load the networks; see `pilotfish.load`."""
+    check_offload(offload)
     device, target, number_format = parse_device(device), locate(model), parse_dtype(dtype)
+    name, single = str(model or target), os.path.isfile(target)
+    if config is not None and not single:
+        raise InputError(f"config goes with one file of a whole checkpoint; {name} is none")
+    source = None if config is None else locate(config)
     with _quiet():
         try:
             # The model's index alone: what cannot be used is not downloaded.
-            place = {name: options[name] for name in PLACE if name in options}
-            index = diffusers.DiffusionPipeline.load_config(target, **place)
-            name = index.get("_class_name", "") if isinstance(index, Mapping) else ""
-            family = family_of(str(name), f"model {str(model or target)!r}")
+            place = {key: options[key] for key in PLACE if key in options}
+            if single:
+                checkpoint = Checkpoint.of(target)
+                index = checkpoint.index(source, **place)
+            else:
+                index = diffusers.DiffusionPipeline.load_config(target, **place)
+            kind = index.get("_class_name", "") if isinstance(index, Mapping) else ""
+            family = family_of(str(kind), f"model {name!r}")
             # diffusers must be told of what a model does without, such as the T5 of SD3.
             without = [n for n in getattr(family, "optional", ()) if index.get(n) == [None, None]]
-            own = {**dict.fromkeys(without), **family.pipeline_options}
-            options = {"dtype": number_format, **own, **options}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(target, **options)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot load the model {str(model or target)!r}: {error}") from error
+            options = {**dict.fromkeys(without), **family.pipeline_options, **options}
+            if single:
+                source = source or checkpoint.usual
+                pipeline = checkpoint.pipeline(source, index, number_format, options)
+            else:
+                pipeline = _of_folder(target, index, number_format, options)
+        except (OSError, ValueError, ModelError) as error:
+            raise ModelError(f"cannot load the model {name!r}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    return adapt(pipeline.to(device), id=str(model) if model else "emoji")
+    if offload is None:
+        pipeline.to(device)
+    for name, part in pipeline.components.items() if offload else ():
+        if isinstance(part, nn.Module) and not name.startswith("text_encoder"):
+            part.to(device)
+    loaded = adapt(pipeline, str(model) if model else "emoji", offload)
+    loaded.config = None if config is None else str(config)
+    return loaded
 
 
-def adapt(pipeline: Any, id: str | None = None) -> LatentDiffusion:
+def _of_folder(
+    target: str, index: Mapping[str, Any], dtype: torch.dtype, options: Mapping[str, Any]
+) -> Any:
+    """The pipeline of a folder or hub id."""
+    kind, folder = diffusers.DiffusionPipeline, Path(target)
+    if not folder.is_dir():
+        folder = Path(kind.download(target, **options))
+    parts = load_networks(folder, index, dtype, options)
+    return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
+
+
+def adapt(pipeline: Any, id: str | None = None, offload: str | None = None) -> LatentDiffusion:
     """The networks of a pipeline as the engine uses them.
 
     Raises:
+        InputError: `offload` is neither None nor "text".
         ModelError: no family takes pipelines of this kind, or it refuses this one.
     """
+    check_offload(offload)
     known = registry.installed(registry.FAMILY_GROUP)
     names = [kind.__name__ for kind in type(pipeline).__mro__]
     name = next((name for name in names if name in known), names[0])
-    adapted: LatentDiffusion = family_of(name, "this pipeline")(pipeline, id)
-    return adapted
+    adapted: Any = family_of(name, "this pipeline")(pipeline, id)
+    if offload:
+        if adapted.offloads:
+            raise ModelError("offload='text': hooks of the pipeline offload its networks already")
+        for encoder in adapted.text_encoders:
+            encoder.network.to("cpu")
+        adapted.offload = offload  # from the next run on
+    return cast("LatentDiffusion", adapted)
+
+
+def check_offload(offload: str | None) -> None:
+    """Refuse what is not offloaded here.
+
+    Raises:
+        InputError: see there.
+    """
+    if offload not in (None, "text"):
+        raise InputError(f"offload must be 'text', or None for nothing; got {offload!r}")
 
 
 def family_of(name: str, owner: str) -> Any:
@@ -74,11 +131,11 @@ def family_of(name: str, owner: str) -> Any:
 
 
 def locate(model: str | Path | None) -> str:
-    """A folder or hub id: the one given, or an installed model's folder (default: "emoji").
+    """A folder, file or hub id: the one given, or an installed model's folder (default: "emoji").
 
     Raises:
-        InputError: there is no such folder, it is a file, or no model was named and the one that
-            ships is not installed.
+        InputError: there is no such folder or file, it is no .safetensors file, or no model was
+            named and the one that ships is not installed.
     """
     name = "emoji" if model is None else str(model)
     if name in registry.installed(registry.MODEL_GROUP):
@@ -90,12 +147,8 @@ def locate(model: str | Path | None) -> str:
             "(or name another one: a diffusers folder or a hub id)"
         )
     place = Path(os.path.expanduser(name))
-    if place.is_file() or place.suffix in (".safetensors", ".ckpt", ".bin"):
-        raise InputError(
-            f"{name} is one file; expected a folder in the diffusers layout, or a hub id. Make a "
-            f"folder of it: diffusers.StableDiffusionPipeline.from_single_file({str(place)!r})"
-            ".save_pretrained('FOLDER')"
-        )
+    if place.is_file() or place.suffix in (".safetensors", *PICKLES):
+        return locate_file(name)
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
     return str(place) if place.is_dir() else name

@@ -117,6 +117,9 @@ class TextEncoder(Protocol):
             UserWarning: words were dropped; names them.
         """
 
+    def on(self, device: torch.device) -> TextEncoder:
+        """The same encoder, ready on a device, where its network waits elsewhere."""
+
     def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
 
@@ -219,7 +222,8 @@ class LatentDiffusion(Protocol):
     """A latent diffusion model.
 
     Attributes:
-        id: the folder or hub id that it came from.
+        id: the folder, file or hub id that it came from.
+        config: the folder or hub id of a single file's configuration, where one was named.
         folder: where it lies on this disk, if it does.
         factor: pixels of the picture for each cell of the latents, along a side.
         size: height and width of a run's pictures, in pixels; `sites` go by it.
@@ -233,6 +237,7 @@ class LatentDiffusion(Protocol):
     """
 
     id: str | None
+    config: str | None
     folder: Path | None
     device: torch.device
     dtype: torch.dtype

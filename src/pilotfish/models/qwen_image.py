@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .packed import PackedFamily, pack, true_cfg_scale, unpack
 from .protocol import Again, Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .sites import joint_sites
@@ -67,7 +68,9 @@ class QwenImage(PackedFamily):
         told = {"values": values}
         if self.transformer.config.guidance_embeds:
             if run.guidance_scale is None:
-                raise ValueError("this Qwen-Image is told its guidance_scale; give one")
+                raise InputError(
+                    "this Qwen-Image is told its guidance_scale; give one, such as 4.0"
+                )
             told["guidance"] = torch.full([len(values)], run.guidance_scale, device=self.device)
         return Conditioning(told)
 

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .schedulers import linear_shift
-from .sites import joint_sites
+from .sites import ip_adapter_problem, joint_sites
 from .text import T5Text, side_by_side
 
 
@@ -80,7 +80,7 @@ class StableDiffusion3(PipelineFamily):
                 f"this transformer takes {pipeline.transformer.config.in_channels} channels, and "
                 f"the VAE has {channels}: they are of two models"
             )
-        return None
+        return ip_adapter_problem(pipeline.transformer)
 
 
 if TYPE_CHECKING:

@@ -30,3 +30,13 @@ def block_sites(
         Site(f"{blocks}.{i}.{attention}", getattr(block, attention), kind, image)
         for i, block in enumerate(getattr(transformer, blocks))
     )
+
+
+def ip_adapter_problem(transformer: Any) -> str | None:
+    """Why a transformer whose attention sees a further image cannot be driven by a prompt alone."""
+    if any("IPAdapter" in type(p).__name__ for p in transformer.attn_processors.values()):
+        return (
+            "an IP-Adapter is loaded, whose image no run gives; call pipeline.unload_ip_adapter() "
+            "first"
+        )
+    return None

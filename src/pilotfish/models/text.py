@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .copies import own_copy
 from .protocol import Embedding, OnToken, Role, Tokens
 
 # Tokenizers keep truncation and padding in themselves: two threads would change each other's.
@@ -38,6 +39,7 @@ class ClipText:
             one after the final norm.
         words: what plugins added: text as the tokenizer gets it, by word.
         vectors: the vector (D,) and name of each token that they added, by id.
+        waits: whether the network is on the CPU, and elsewhere only while prompts are encoded.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ClipText:
     layer: int | None = None
     words: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[int, tuple[Tensor, str]] = field(default_factory=dict)
+    waits: bool = field(default=False, kw_only=True)
     kind: ClassVar[str] = "clip"
     between: ClassVar[str] = " "  # the pieces of an added word, where a space is no token
     before: ClassVar[str] = ""  # what begins a word within a prompt, and belongs to its tokens
@@ -111,23 +114,27 @@ class ClipText:
             UserWarning: the prompt is longer than the encoder takes; names the words that are
                 dropped.
         """
-        length = self._takes(length)
+        told, length = self._tells(length), self._takes(length)
         pad = {"padding": self._padding, "truncation": True, "max_length": length}
         with _one_at_a_time:
-            text = self.prepare(self._spell(text))
+            spelled = self._spell(text)
+            text = self.prepare(spelled)
             found = self.tokenizer(text, **pad, return_tensors="pt")
             whole = self.tokenizer(text, truncation=False, verbose=False).input_ids
             special = self.tokenizer.num_special_tokens_to_add()
-        if len(whole) > length:
-            dropped = self.tokenizer.decode(whole[length - 1 : -1])
+        ends = min(special, 1)  # a tokenizer's own last token is kept
+        dropped = self.tokenizer.decode(whole[told - ends : len(whole) - ends])
+        at = text.rfind(spelled)
+        template = text[at + len(spelled) :] if at >= 0 else ""  # after the prompt
+        if not template.endswith(dropped):
+            dropped = dropped.removesuffix(template)
             dropped = dropped.replace("</w>", " ")  # a copied tokenizer leaves the ends of words
             for number, (_, shown) in self.vectors.items():
                 piece = self.tokenizer.convert_ids_to_tokens(number)
                 dropped = dropped.replace(piece, f"{shown} ")
-            takes = f"{self.name} takes {length - special}. Dropped: {dropped.strip()!r}"
-            warnings.warn(
-                f"the prompt is {len(whole) - special} tokens long; {takes}", stacklevel=2
-            )
+            own = special + self._unheard
+            takes = f"{self.name} takes {told - own}. Dropped: {dropped.strip()!r}"
+            warnings.warn(f"the prompt is {len(whole) - own} tokens long; {takes}", stacklevel=2)
         ids, used, added = found.input_ids, int(found.attention_mask.sum()), {}
         pieces = self.tokenizer.convert_ids_to_tokens(ids[0].tolist())
         for at, number in enumerate(ids[0].tolist()):
@@ -141,6 +148,11 @@ class ClipText:
         return "max_length"
 
     @property
+    def _unheard(self) -> int:
+        """Tokens of a template before the prompt, of which the network is not told."""
+        return 0
+
+    @property
     def _embeddings(self) -> Any:
         """The module that looks tokens up."""
         return self.network.get_input_embeddings()
@@ -148,6 +160,10 @@ class ClipText:
     def _takes(self, asked: int | None) -> int:
         """How many tokens, where a run asks for so many: a CLIP has one length."""
         return self.length
+
+    def _tells(self, asked: int | None) -> int:
+        """How many of them the network is told of."""
+        return self._takes(asked)
 
     def _spell(self, text: str) -> str:
         """Write out added words as their pieces: the longest word that stands at a place counts.
@@ -169,6 +185,10 @@ class ClipText:
             return self.words.get(found[1]) or lower.get(found[1].lower(), found[0])
 
         return re.sub(words, written, text, flags=re.IGNORECASE if same else 0)
+
+    def on(self, device: torch.device) -> ClipText:
+        """The same encoder, with a copy of its network there if that waits on the CPU."""
+        return replace(self, network=own_copy(self.network, device)) if self.waits else self
 
     def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
@@ -252,6 +272,14 @@ class QwenText(ClipText):
 
     def _takes(self, asked: int | None) -> int:
         return asked if self.padded and asked is not None else self.length
+
+    def _tells(self, asked: int | None) -> int:
+        most = self._takes(asked)
+        return most if asked is None else min(most, asked + self.dropped)
+
+    @property
+    def _unheard(self) -> int:
+        return self.dropped
 
     def _output(self, tokens: Tokens, role: Role) -> Embedding:
         device = self.network.device

@@ -98,7 +98,8 @@ class Run(pydantic.BaseModel):
     Attributes:
         plugins: tables with `use`, `name` and settings, in order; a table with an empty `use` is
             of a function, or of a class that cannot be imported again.
-        model_id: folder or hub id of the model; None if unknown.
+        model_id: folder, file or hub id of the model; None if unknown.
+        config: of a single file, see `pilotfish.load`.
         dtype: the networks' number format.
     """
 
@@ -167,6 +168,7 @@ class Run(pydantic.BaseModel):
     )
     plugins: tuple[Any, ...] = Field((), repr=False)
     model_id: str | None = None
+    config: str | None = None
     dtype: str | None = None
 
     _model: Any = PrivateAttr(None)
@@ -211,7 +213,7 @@ class Run(pydantic.BaseModel):
         found["scheduler"] = model.describe_scheduler(found["scheduler"])
         model.latent_shape(found["height"], found["width"])
         dtype = str(model.dtype).removeprefix("torch.")
-        more = {"model_id": model.id, "dtype": dtype, "plugins": plugins}
+        more = {"model_id": model.id, "config": model.config, "dtype": dtype, "plugins": plugins}
         return self.model_copy(update={**found, **more})
 
     def to_toml(self) -> str:
@@ -230,6 +232,7 @@ class Run(pydantic.BaseModel):
         content = {
             "pilotfish": version("pilotfish"),
             "model": self.model_id,
+            "config": self.config,
             "dtype": self.dtype,
             **{key: getattr(self, key) for key in KEYS},
             "preset": preset.name if preset == PRESETS.get(preset.name) else preset.changes(),
@@ -244,7 +247,7 @@ class Run(pydantic.BaseModel):
 
     @classmethod
     def parse(cls, text: str, origin: str = "the run file") -> dict[str, Any]:
-        """The keyword arguments that a run file holds, `plugins` and `model` among them.
+        """The keyword arguments that a run file holds, `plugins` and `MODEL_KEYS` among them.
 
         Raises:
             InputError: not TOML, or an unknown key; names the file.
@@ -255,7 +258,7 @@ class Run(pydantic.BaseModel):
             raise InputError(f"{origin} is not valid TOML: {error}") from None
         content.pop("pilotfish", None)
         for key in content:
-            if key not in (known := (*KEYS, "model", "dtype", "plugins")):
+            if key not in (known := (*KEYS, *MODEL_KEYS, "plugins")):
                 raise InputError(f"{origin}: {unknown_key('key', key, known)}")
         if not isinstance(content.setdefault("plugins", []), list):
             raise InputError(f"{origin}: plugins must be [[plugins]] tables")
@@ -275,7 +278,8 @@ class Run(pydantic.BaseModel):
         return cls.parse(text, str(path))
 
 
-FOUND = ("plugins", "model_id", "dtype")
+FOUND = ("plugins", "model_id", "config", "dtype")
+MODEL_KEYS = ("model", "config", "dtype")  # of a run file, as `pilotfish.load` takes them
 KEYS = {name: field for name, field in Run.model_fields.items() if name not in FOUND}
 """What a user may say of a run, beside its plugins and its model."""
 

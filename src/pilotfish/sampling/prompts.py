@@ -38,6 +38,7 @@ class Prompts:
         words = collect_vocabulary(stack, run, run.model.text_encoders)
         self._encoders = [e.with_words(words[e.name]) for e in run.model.text_encoders]
         self._encoded: dict[tuple[str, Role, str], Embedding] = {}
+        self._ready: dict[str, TextEncoder] = {}  # where the network is, while prompts are encoded
         self._by_step = any("step" in c.arguments for c in stack.calls["embedding_transform"])
         self._before = self._both(None)
         self.positive = self._before[0]
@@ -51,6 +52,7 @@ class Prompts:
         if problem := _text_problem(text):
             raise InputError(f"step.predict: the prompt {problem}")
         embeddings = [self._encode(encoder, "positive", text) for encoder in self._encoders]
+        self._ready.clear()
         return self._condition(embeddings, "positive")
 
     def _rewritten(self, text: str) -> str:
@@ -81,8 +83,10 @@ class Prompts:
     def _both(self, state: StepState | None) -> tuple[Conditioning, Calls]:
         positive = self._of_role("positive", state)
         if self._run.cfg_scale is None:
+            self._ready.clear()
             return positive, (positive,)
         negative = self._of_role("negative", state)
+        self._ready.clear()
         together = self._run.model.together
         return positive, (negative.cat(positive),) if together else (positive, negative)
 
@@ -104,7 +108,10 @@ class Prompts:
         if key not in self._encoded:
             tokens = encoder.tokenize(text, self._run.max_sequence_length)
             plain = not (tokens.added or self._stack.calls["embedding_transform"])
-            self._encoded[key] = encoder.encode(tokens, role, None if plain else self._transformed)
+            if encoder.name not in self._ready:
+                self._ready[encoder.name] = encoder.on(self._run.model.device)
+            ready, on_token = self._ready[encoder.name], None if plain else self._transformed
+            self._encoded[key] = ready.encode(tokens, role, on_token)
         return self._encoded[key]
 
     def _transformed(

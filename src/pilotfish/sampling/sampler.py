@@ -104,18 +104,22 @@ class Sampler:
         self.model = model
 
     @classmethod
-    def from_pipeline(cls, pipeline: Any) -> Sampler:
+    def from_pipeline(cls, pipeline: Any, *, offload: str | None = None) -> Sampler:
         """Use the networks of a pipeline, with its LoRAs and textual inversions.
 
         They are used as they are when a run begins: what is loaded, swapped or cast later counts
         from the next run on. The pipeline itself is never changed, its safety checker not run.
 
+        Args:
+            offload: "text" moves its text encoders to the CPU, for good; see `pilotfish.load`.
+
         Raises:
+            InputError: `offload` is another word.
             ModelError: no model family takes a pipeline of this kind, or not this one.
         """
         from ..models.loading import adapt
 
-        return cls(adapt(pipeline))
+        return cls(adapt(pipeline, offload=offload))
 
     def __call__(
         self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Any

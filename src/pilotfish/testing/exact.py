@@ -43,6 +43,7 @@ class GaussianModel:
     """
 
     id: str | None = None
+    config: str | None = None
     folder: Path | None = None
     device, dtype, factor, size = torch.device("cpu"), torch.float64, 1, (4, 4)
     text_encoders: Sequence[TextEncoder] = ()

@@ -67,8 +67,8 @@ def make_grid(content: dict[str, Any], x: str, y: str | None, out: str, device: 
     sampler = functools.cache(functools.partial(load, device=device))  # each model is loaded once
 
     def start(content: dict[str, Any]) -> Stream:
-        model, dtype = content.pop("model", None), content.pop("dtype", None)
-        return sampler(model, dtype=dtype).stream(**content)
+        model, *more = (content.pop(key, None) for key in ("model", "dtype", "config"))
+        return sampler(model, dtype=more[0], config=more[1]).stream(**content)
 
     path, begin = check_writable(out), time.perf_counter()
     grid = Grid(start, content, x, y)
