@@ -152,6 +152,13 @@ class PipelineFamily:
         """The network that predicts."""
         return getattr(self, self.network)
 
+    def pipeline(self) -> Any:
+        """A pipeline of diffusers over these networks, for its loaders; see `LatentDiffusion`."""
+        pipeline = copy.copy(self._pipeline)
+        for name in self._networks:
+            setattr(pipeline, name, getattr(self, name))
+        return pipeline
+
     def differentiable(self, checkpointing: str, again: Again | None = nullcontext) -> Self:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
         model = copy.copy(self)
