@@ -155,8 +155,7 @@ class PipelineFamily:
     def pipeline(self) -> Any:
         """A pipeline of diffusers over these networks, for its loaders; see `LatentDiffusion`."""
         pipeline = copy.copy(self._pipeline)
-        for name in self._networks:
-            setattr(pipeline, name, getattr(self, name))
+        vars(pipeline).update({name: getattr(self, name) for name in self._networks})
         return pipeline
 
     def differentiable(self, checkpointing: str, again: Again | None = nullcontext) -> Self:
@@ -312,20 +311,16 @@ class PipelineFamily:
         config = self.vae.config
         if self._has_moments:
             mean, std = self._moments(latents)
-            latents = latents * std / config.scaling_factor + mean
-        else:
-            latents = latents / config.scaling_factor + (config.shift_factor or 0)
-        return latents
+            return latents.mul(std).div(config.scaling_factor).add(mean)
+        return latents.div(config.scaling_factor).add(config.shift_factor or 0)
 
     def _from_vae(self, encoded: Tensor) -> Tensor:
         """What the encoder gives, as latents: `_to_vae` backwards."""
         config = self.vae.config
         if self._has_moments:
             mean, std = self._moments(encoded)
-            encoded = (encoded - mean) * config.scaling_factor / std
-        else:
-            encoded = (encoded - (config.shift_factor or 0)) * config.scaling_factor
-        return encoded
+            return encoded.sub(mean).mul(config.scaling_factor).div(std)
+        return encoded.sub(config.shift_factor or 0).mul(config.scaling_factor)
 
     def _film(self, image: Tensor) -> Tensor:
         """A picture as the VAE's encoder takes it."""
@@ -342,8 +337,7 @@ class PipelineFamily:
 
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, (C, 1, 1), of a VAE that has them."""
-        config = self.vae.config
-        found = (config.latents_mean, config.latents_std)
+        found = (self.vae.config.latents_mean, self.vae.config.latents_std)
         mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
         return mean, std
 

@@ -1,0 +1,54 @@
+"""Around diffusers' loaders: what goes wrong with a file, and their own chatter."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from pilotfish import InputError, PilotfishError
+
+LOGGERS = ("diffusers", "transformers", "peft")
+
+
+@contextlib.contextmanager
+def fitting(what: str, network: object) -> Iterator[None]:
+    """Around a loader: whatever it raises says that the file does not fit the network.
+
+    Raises:
+        InputError: names the file, the network, and what the loader said.
+    """
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:  # they warn of parts that a file need not have
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():  # nor of a second adapter, nor of their own old names
+            warnings.simplefilter("ignore")
+            yield
+    except PilotfishError:
+        raise
+    except Exception as error:  # a foreign file makes the loaders raise anything
+        raise InputError(
+            f"{what} does not fit this model's {type(network).__name__}: it is damaged, or was "
+            f"made for another model ({type(error).__name__}: {str(error)[:500]})"
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def check_place(place: str | Path, what: str) -> str:
+    """A folder or a hub id; refused where it can only be a folder and there is none.
+
+    Raises:
+        InputError: it is a file, or a folder that does not exist.
+    """
+    name, path = str(place), Path(place).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_file() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{what} must be a folder that exists, or a hub id; got {name}")
+    return name
