@@ -1,6 +1,5 @@
 """ControlNets: equal to the families' own pipelines, and gone after the run."""
 
-import contextlib
 
 import diffusers
 import pytest
@@ -12,7 +11,7 @@ from pilotfish_control import ControlNet
 from pilotfish_kit import examine
 from torch import nn
 
-from pilotfish import Guide, InputError, ModelError, Plugin, Run, Sampler
+from pilotfish import InputError, ModelError, Run, Sampler
 from pilotfish.testing import random_pipeline
 
 # Of diffusers' own, where it makes a ControlNet of FLUX.1.
@@ -26,34 +25,14 @@ FAMILIES = {
 }
 
 
-def controlnet(pipeline, seed=5, **options):
-    """A ControlNet of random weights for a pipeline's network."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if hasattr(pipeline, "unet"):
-            # Halves the picture once, as the random VAE does.
-            made = diffusers.ControlNetModel.from_unet(
-                pipeline.unet, conditioning_embedding_out_channels=(4, 8)
-            )
-        elif isinstance(pipeline, diffusers.FluxPipeline):
-            config = {**pipeline.transformer.config, **options}
-            made = diffusers.FluxControlNetModel.from_config(config)
-        else:
-            config = {**pipeline.transformer.config, "num_layers": 1, **options}
-            made = diffusers.SD3ControlNetModel.from_config(config)
-        for parameter in made.parameters():  # its last layers begin at zero
-            nn.init.normal_(parameter, std=0.1)
-    return made.eval()
-
-
 @pytest.fixture(scope="module")
-def nets(pipelines):
+def nets(pipelines, make):
     """The same one for each family, made once; and its folder."""
     made = {}
 
     def of(family):
         if family not in made:
-            made[family] = controlnet(pipelines(family))
+            made[family] = make.controlnet(pipelines(family))
         return made[family]
 
     return of
@@ -138,10 +117,10 @@ def test_it_equals_fluxs_own_pipeline_to_the_bit(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_add_up_as_in_the_familys_own_pipeline(
-    family, pipelines, samplers, nets, pictures, encoded_once
+    family, pipelines, samplers, nets, pictures, encoded_once, make
 ):
     pipeline, first = pipelines(family), nets(family)
-    second = controlnet(pipeline, seed=6)
+    second = make.controlnet(pipeline, seed=6)
     options = {"guidance_scale": 3.0}
     expected = theirs(
         family, pipeline, [first, second], [opened(p) for p in pictures], **options,
@@ -161,8 +140,10 @@ def test_scale_0_leaves_the_image_bit_identical(family, samplers, nets, pictures
     assert torch.equal(ours(samplers(family), plugin), ours(samplers(family)))
 
 
-def test_a_mode_chooses_what_a_union_controlnet_sees(pipelines, samplers, pictures, encoded_once):
-    net = controlnet(pipelines("flux"), num_mode=3)
+def test_a_mode_chooses_what_a_union_controlnet_sees(
+    pipelines, samplers, pictures, encoded_once, make
+):
+    net = make.controlnet(pipelines("flux"), num_mode=3)
     options = {"guidance_scale": 3.5, "control_mode": 2}
     expected = theirs("flux", pipelines("flux"), net, opened(pictures[0]), **options)
     latents = [
@@ -175,9 +156,9 @@ def test_a_mode_chooses_what_a_union_controlnet_sees(pipelines, samplers, pictur
             ours(samplers("flux"), ControlNet(model=net, image=pictures[0], mode=mode))
 
 
-def test_flux_controlnets_of_pixels_equal_the_pipeline_too(pipelines, samplers, pictures):
+def test_flux_controlnets_of_pixels_equal_the_pipeline_too(pipelines, samplers, pictures, make):
     """Those of XLabs, whose blocks are added again and again."""
-    net = controlnet(pipelines("flux"), conditioning_embedding_channels=16, patch_size=2)
+    net = make.controlnet(pipelines("flux"), conditioning_embedding_channels=16, patch_size=2)
     for i in (1, 3):  # halves the picture once instead of three times, as the random VAE does
         net.input_hint_block.blocks[i].stride = (1, 1)
     image = opened(pictures[0])
@@ -186,7 +167,9 @@ def test_flux_controlnets_of_pixels_equal_the_pipeline_too(pipelines, samplers, 
     assert torch.equal(ours(samplers("flux"), plugin), expected)
 
 
-def test_residuals_spread_over_more_blocks_as_the_networks_spread_them(pictures, encoded_once):
+def test_residuals_spread_over_more_blocks_as_the_networks_spread_them(
+    pictures, encoded_once, make
+):
     """A ControlNet of one block, and one of two, for networks of two and three."""
     for family, options in (("sd3", {"num_layers": 1}), ("flux", {"num_layers": 2})):
         pipeline = random_pipeline(family=family)
@@ -195,7 +178,7 @@ def test_residuals_spread_over_more_blocks_as_the_networks_spread_them(pictures,
             config = {**pipeline.transformer.config, "num_layers": 3, "num_single_layers": 3}
             config = {k: v for k, v in config.items() if k in pipeline.transformer.config}
             pipeline.transformer = type(pipeline.transformer).from_config(config).eval()
-        net = controlnet(pipeline, **options)
+        net = make.controlnet(pipeline, **options)
         image = opened(pictures[0])
         expected = theirs(family, pipeline, net, image, guidance_scale=3.5)
         plugin = ControlNet(model=net, image=pictures[0])
@@ -203,53 +186,22 @@ def test_residuals_spread_over_more_blocks_as_the_networks_spread_them(pictures,
         assert torch.equal(latents, expected)
 
 
-class Blue(Guide):
-    def loss_guidance(self, step):
-        return (step.image[:, 2] - 0.9).abs().mean(dim=(1, 2))
-
-
-class Identity:
-    """Attention that looks at nothing but each token itself."""
-
-    def __call__(self, attn, hidden_states, *args, **kwargs):
-        return attn.to_out[0](attn.to_v(hidden_states))
-
-
-@contextlib.contextmanager
-def perturbed(network):
-    attention = [m for name, m in network.named_modules() if name.endswith("attn1")]
-    before = [module.processor for module in attention]
-    for module in attention:
-        module.processor = Identity()
-    try:
-        yield
-    finally:
-        for module, processor in zip(attention, before, strict=True):
-            module.processor = processor
-
-
-class Perturbed(Plugin):
-    """Perturbed attention guidance (Ahn et al. 2024, arXiv 2403.17377)."""
-
-    def combine_predictions(self, prediction, cond, step):
-        worse = step.predict(patch=lambda: perturbed(step.run.model.denoiser))
-        return prediction + 2 * (cond - worse)
-
-
 @pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
-def test_a_gradient_through_it_is_the_same_checkpointed(family, samplers, nets, pictures):
+def test_a_gradient_through_it_is_the_same_checkpointed(family, samplers, nets, pictures, make):
     plugins = [
         ControlNet(model=nets(family), image=pictures[0]),
-        Perturbed(),
-        Blue(scale=2, gradient="latents"),
+        make.perturbed(),
+        make.blue(scale=2, gradient="latents"),
     ]
     runs = [ours(samplers(family), *plugins, checkpointing=c) for c in ("off", "on")]
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)
-    other = [*plugins[:2], Blue(scale=2, gradient="x0")]
+    other = [*plugins[:2], make.blue(scale=2, gradient="x0")]
     assert not torch.allclose(runs[0], ours(samplers(family), *other), atol=1e-3)
 
 
-def test_guidance_changes_with_the_controlnets_own_part_of_the_gradient(samplers, nets, pictures):
+def test_guidance_changes_with_the_controlnets_own_part_of_the_gradient(
+    samplers, nets, pictures, make
+):
     """The residuals' gradient is the latents': cutting it off gives another picture."""
 
     class Cut(ControlNet):
@@ -257,7 +209,7 @@ def test_guidance_changes_with_the_controlnets_own_part_of_the_gradient(samplers
             with torch.no_grad():
                 return super().network_inputs(inputs, step, state)
 
-    blue = Blue(scale=2, gradient="latents")
+    blue = make.blue(scale=2, gradient="latents")
     whole, cut = (
         ours(
             samplers("stable-diffusion"),
@@ -269,12 +221,12 @@ def test_guidance_changes_with_the_controlnets_own_part_of_the_gradient(samplers
     assert torch.isfinite(whole).all() and not torch.allclose(whole, cut, atol=1e-4)
 
 
-def test_the_network_that_was_passed_stays_as_it_was(samplers, nets, pictures):
+def test_the_network_that_was_passed_stays_as_it_was(samplers, nets, pictures, make):
     net = nets("stable-diffusion")
     net.requires_grad_(True)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     plugin = ControlNet(model=net, image=pictures[0])
-    ours(samplers("stable-diffusion"), plugin, Blue(gradient="latents"), checkpointing="on")
+    ours(samplers("stable-diffusion"), plugin, make.blue(gradient="latents"), checkpointing="on")
     assert all(p.requires_grad and torch.equal(p, before[n]) for n, p in net.named_parameters())
     assert not any(getattr(m, "gradient_checkpointing", False) for m in net.modules())
     assert all(p.grad is None for p in net.parameters())

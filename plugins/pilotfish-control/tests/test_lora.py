@@ -2,14 +2,13 @@
 
 import functools
 
-import peft
 import pytest
 import torch
 from pilotfish_control import Lora
 from pilotfish_kit import check_plugin
 from safetensors.torch import load_file, save_file
 
-from pilotfish import Guide, InputError, ModelError, Plugin, Run, Sampler, SettingsError
+from pilotfish import InputError, ModelError, Plugin, Run, Sampler, SettingsError
 from pilotfish.testing import GaussianModel, random_pipeline
 
 # Of PEFT's, where the pipeline to compare with gets its second one.
@@ -18,38 +17,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`:Us
 FAMILIES = ("stable-diffusion", "sdxl", "sd3", "flux")
 
 
-def write_lora(pipeline, folder, seed, alpha=8, parts=()):
-    """A LoRA of random weights for a pipeline's networks, as a trainer with diffusers writes it.
-
-    Args:
-        parts: of text encoders; the network that predicts where there are none.
-    """
-    network = "unet" if hasattr(pipeline, "unet") else "transformer"
-    content, config = {}, None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name in parts or (network,):
-            targets = ["q_proj", "v_proj"] if parts else ["to_q", "to_v", "to_out.0"]
-            config = peft.LoraConfig(
-                r=2, lora_alpha=alpha, target_modules=targets, init_lora_weights=False
-            )
-            network = getattr(pipeline, name)
-            peft.inject_adapter_in_model(config, network)
-            content[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(network)
-            content[f"{name}_lora_adapter_metadata"] = config.to_dict()
-    type(pipeline).save_lora_weights(folder, **content)
-    return folder / "pytorch_lora_weights.safetensors"
-
-
 @pytest.fixture(scope="module")
-def loras(tmp_path_factory):
+def loras(tmp_path_factory, make):
     """Two LoRA files of a family, made once."""
-    make = functools.cache(
-        lambda family, seed: write_lora(
+    written = functools.cache(
+        lambda family, seed: make.lora(
             random_pipeline(family=family), tmp_path_factory.mktemp("lora"), seed, 4 * seed
         )
     )
-    return lambda family: [make(family, seed) for seed in (1, 2)]
+    return lambda family: [written(family, seed) for seed in (1, 2)]
 
 
 def theirs(family, files, weights, **options):
@@ -92,10 +68,10 @@ def test_it_equals_the_pipeline_with_that_lora_to_the_bit(family, guidance_scale
 
 
 @pytest.mark.parametrize("family", ["stable-diffusion", "sdxl"])
-def test_text_encoders_have_it_too(family, samplers, tmp_path):
+def test_text_encoders_have_it_too(family, samplers, tmp_path, make):
     """By the definition: W + weight * alpha / rank * up @ down."""
     parts = ("text_encoder", "text_encoder_2")[: 1 + (family == "sdxl")]
-    file = write_lora(random_pipeline(family=family), tmp_path, 3, 8, parts)
+    file = make.lora(random_pipeline(family=family), tmp_path, 3, 8, parts)
     pipeline, content = random_pipeline(family=family), load_file(file)
     for name in [name for name in content if name.endswith("lora_A.weight")]:
         part, _, place = name.removesuffix(".lora_A.weight").partition(".")
@@ -223,14 +199,9 @@ def test_two_runs_interleaved_do_not_see_each_others(samplers, loras):
     assert not torch.equal(alone[0], alone[2])
 
 
-class Blue(Guide):
-    def loss_guidance(self, step):
-        return (step.image[:, 2] - 0.9).abs().mean(dim=(1, 2))
-
-
 @pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
-def test_a_gradient_through_it_is_the_same_checkpointed(family, samplers, loras):
-    plugins = [Lora(file=loras(family)[0], weight=0.5), Blue(scale=2, gradient="latents")]
+def test_a_gradient_through_it_is_the_same_checkpointed(family, samplers, loras, make):
+    plugins = [Lora(file=loras(family)[0], weight=0.5), make.blue(scale=2, gradient="latents")]
     runs = [ours(samplers(family), *plugins, checkpointing=c) for c in ("off", "on")]
     assert torch.isfinite(runs[0]).all()
     torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from pilotfish import InputError, PilotfishError
+from pilotfish import InputError, PilotfishError, mend_torchvision
+
+mend_torchvision()
+
+from transformers.utils.logging import (  # noqa: E402  # it may import torchvision
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 LOGGERS = ("diffusers", "transformers", "peft")
 
@@ -21,8 +29,9 @@ def fitting(what: str, network: object) -> Iterator[None]:
         InputError: names the file, the network, and what the loader said.
     """
     loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     try:
+        disable_progress_bar()
         for logger in loggers:  # they warn of parts that a file need not have
             logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():  # nor of a second adapter, nor of their own old names
@@ -36,6 +45,8 @@ def fitting(what: str, network: object) -> Iterator[None]:
             f"made for another model ({type(error).__name__}: {str(error)[:500]})"
         ) from error
     finally:
+        if bars:
+            enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
