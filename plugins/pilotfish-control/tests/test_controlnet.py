@@ -1,6 +1,5 @@
 """ControlNets: equal to the families' own pipelines, and gone after the run."""
 
-
 import diffusers
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """IP-Adapters: equal to the pipeline with the same one loaded, and gone after the run."""
 
-
 import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
@@ -72,7 +71,7 @@ def ours(sampler, *plugins, **options):
 def test_it_equals_the_pipeline_with_that_adapter_to_the_bit(
     family, kind, guidance_scale, num_images, samplers, folders, pictures
 ):
-    """With a guidance, without a picture is zeros for four tokens, a black picture for all."""
+    """The negative prompt gets no picture: zeros, or what the encoder sees in a grey one."""
     run = {"guidance_scale": guidance_scale, "num_images": num_images}
     expected = theirs(family, folders(family), [kind], [opened(pictures[0])], 0.6, **run)
     plugin = adapter(folders(family), pictures[0], kind, scale=0.6)

@@ -166,6 +166,28 @@ def test_it_joins_the_loras_that_a_pipeline_has_and_leaves_them_alone(loras):
     assert pipeline.get_active_adapters() == ["own"]
 
 
+def test_one_that_a_pipeline_switched_off_stays_off(loras):
+    first, second = loras("stable-diffusion")
+    pipeline = random_pipeline()
+    pipeline.load_lora_weights(str(first), adapter_name="own")
+    pipeline.disable_lora()
+    latents = ours(Sampler.from_pipeline(pipeline), Lora(file=second, weight=0.5))
+    assert torch.equal(latents, theirs("stable-diffusion", [second], [0.5]))
+
+
+def test_one_that_is_fused_and_still_loaded_is_refused(loras):
+    first, second = loras("stable-diffusion")
+    pipeline = random_pipeline()
+    pipeline.load_lora_weights(str(first), adapter_name="own")
+    pipeline.fuse_lora()
+    sampler = Sampler.from_pipeline(pipeline)
+    with pytest.raises(ModelError, match="unload_lora_weights"):
+        ours(sampler, Lora(file=second))
+    pipeline.unload_lora_weights()
+    fused = ours(sampler)
+    assert not torch.equal(ours(sampler, Lora(file=second)), fused)
+
+
 class Fails(Plugin):
     def after_step(self, step):
         raise InputError("on purpose")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.utils.logging import (  # noqa: E402  # it may import torchvis
 )
 
 LOGGERS = ("diffusers", "transformers", "peft")
+_ONE_AT_A_TIME = threading.Lock()  # loggers and warnings are the whole program's
 
 
 @contextlib.contextmanager
@@ -28,14 +30,8 @@ def fitting(what: str, network: object) -> Iterator[None]:
     Raises:
         InputError: names the file, the network, and what the loader said.
     """
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels, bars = [logger.level for logger in loggers], is_progress_bar_enabled()
     try:
-        disable_progress_bar()
-        for logger in loggers:  # they warn of parts that a file need not have
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():  # nor of a second adapter, nor of their own old names
-            warnings.simplefilter("ignore")
+        with _ONE_AT_A_TIME, _quiet():
             yield
     except PilotfishError:
         raise
@@ -44,11 +40,24 @@ def fitting(what: str, network: object) -> Iterator[None]:
             f"{what} does not fit this model's {type(network).__name__}: it is damaged, or was "
             f"made for another model ({type(error).__name__}: {str(error)[:500]})"
         ) from error
-    finally:
-        if bars:
-            enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No word of parts that a file need not have, of a second adapter, of a loader's own old names.
+
+    Downloads keep their bars.
+    """
+    with contextlib.ExitStack() as afterwards:
+        for logger in map(logging.getLogger, LOGGERS):
+            afterwards.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        if is_progress_bar_enabled():
+            afterwards.callback(enable_progress_bar)
+            disable_progress_bar()
+        afterwards.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
 
 
 def check_place(place: str | Path, what: str) -> str:

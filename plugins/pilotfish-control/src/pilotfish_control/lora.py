@@ -69,7 +69,7 @@ class Lora(Plugin):
             raise ModelError(f"diffusers loads no LoRA into a {type(pipeline).__name__}")
         held = count(file)
         networks = [model.denoiser, *(encoder.network for encoder in model.text_encoders)]
-        active = {layer: list(layer.active_adapters) for layer in layers(networks)}
+        active = {layer: adapters(layer) for layer in layers(networks)}
         name = f"pilotfish_{len({a for n in networks for a in getattr(n, 'peft_config', {})})}"
         with fitting(f"the LoRA {file}", model.denoiser), loading_by_peft(networks[1:]):
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
@@ -82,6 +82,7 @@ class Lora(Plugin):
         for layer in layers(networks):
             own = [name] if name in layer.scaling else []
             layer.set_adapter([*active.get(layer, ()), *own])
+            layer.enable_adapters(True)
         for network in networks:
             network.requires_grad_(False)
         adapter = Adapter(name, [layer for layer in layers(networks) if name in layer.scaling])
@@ -134,6 +135,20 @@ def loading_by_peft(text_encoders: Sequence[Any]) -> Iterator[None]:
     finally:
         for encoder in text_encoders:
             del encoder.load_adapter
+
+
+def adapters(layer: Any) -> list[str]:
+    """Those that count in a layer.
+
+    Raises:
+        ModelError: one is fused with its weights; no other would count beside it.
+    """
+    if layer.merged:
+        raise ModelError(
+            "plugin 'lora' cannot add to layers with which a LoRA is fused and still loaded; call "
+            "pipeline.unload_lora_weights(), which leaves the fused weights, or unfuse_lora()"
+        )
+    return [] if layer.disable_adapters else list(layer.active_adapters)
 
 
 def layers(networks: Sequence[nn.Module]) -> list[Any]:

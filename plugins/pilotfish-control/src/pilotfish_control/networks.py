@@ -128,7 +128,7 @@ def along(samples: Sequence[Tensor] | None, blocks: int, again: bool = False) ->
 def encoded(run: Run, picture: Tensor, shifted: bool = True) -> Tensor:
     """A picture's clean latents, by the mean of the VAE's posterior; scaled, and shifted or not."""
     vae = run.model.pipeline().vae
-    mean = vae.encode((picture * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+    mean = vae.encode((picture * 2 - 1).to(run.model.device, vae.dtype)).latent_dist.mode()
     latents: Tensor = (mean - vae.config.shift_factor * shifted) * vae.config.scaling_factor
     return latents
 
