@@ -166,6 +166,18 @@ def test_flux_controlnets_of_pixels_equal_the_pipeline_too(pipelines, samplers, 
     assert torch.equal(ours(samplers("flux"), plugin), expected)
 
 
+def test_those_that_share_the_networks_places_and_see_no_prompt_equal_the_pipeline_too(
+    pipelines, samplers, pictures, encoded_once, make
+):
+    """Those of Stable Diffusion 3.5 large."""
+    options = {"use_pos_embed": False, "pos_embed_type": None, "joint_attention_dim": None}
+    options["force_zeros_for_pooled_projection"] = False
+    net = make.controlnet(pipelines("sd3"), **options)
+    latents = ours(samplers("sd3"), ControlNet(model=net, image=pictures[0]))
+    assert net.pos_embed is None  # the pipeline gives it one
+    assert torch.equal(latents, theirs("sd3", pipelines("sd3"), net, opened(pictures[0])))
+
+
 def test_residuals_spread_over_more_blocks_as_the_networks_spread_them(
     pictures, encoded_once, make
 ):
@@ -263,7 +275,8 @@ def test_a_run_file_says_that_a_network_must_be_passed_again(samplers, nets, pic
         ControlNet(model=table["model"], image=table["image"])
 
 
-def test_what_does_not_fit_is_told(folder, samplers, nets, pictures, tmp_path):
+def test_what_does_not_fit_is_told(folder, samplers, pipelines, nets, pictures, tmp_path, make):
+    far = make.controlnet(pipelines("stable-diffusion"), factor=4)
     Image.new("RGB", (32, 16)).save(tmp_path / "wide.png")
     (tmp_path / "config.json").write_text("{")
     cases = [
@@ -274,6 +287,7 @@ def test_what_does_not_fit_is_told(folder, samplers, nets, pictures, tmp_path):
         ("stable-diffusion", tmp_path / "nothing", "model must be a folder that exists"),
         ("stable-diffusion", tmp_path, "damaged, or was made for another model"),
         ("stable-diffusion", nn.Linear(1, 1), "is a Linear"),
+        ("stable-diffusion", far, "a cell in 4 x 4 pixels, and this model's VAE in 2 x 2"),
     ]
     for family, model, message in cases:
         with pytest.raises(InputError, match=message):

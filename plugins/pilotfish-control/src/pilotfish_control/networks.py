@@ -42,7 +42,18 @@ class Kind:
         """What the ControlNet needs of the network."""
 
     def see(self, controlnet: Any, run: Run, picture: Tensor) -> Tensor:
-        """A picture (1, 3, 8H, 8W) in [0, 1] as the ControlNet takes it."""
+        """A picture (1, 3, 8H, 8W) in [0, 1] as the ControlNet takes it.
+
+        Raises:
+            InputError: it makes other sizes of it than the model's VAE.
+        """
+        halves = len(controlnet.config.conditioning_embedding_out_channels) - 1
+        if 2**halves != run.model.factor:
+            raise InputError(
+                f"this ControlNet sees a cell in {2**halves} x {2**halves} pixels, and this "
+                f"model's VAE in {run.model.factor} x {run.model.factor}: it was made for another "
+                "model"
+            )
         return picture
 
     def told(self, controlnet: Any, run: Run, told: Inputs) -> Inputs:
@@ -170,18 +181,7 @@ def load(model: Any, kind: Kind, network: Any, run: Run) -> Any:
         with fitting(what, network):
             config = diffusers.ControlNetModel.load_config(place)
         name = str(config.get("_class_name"))
-    if name != kind.controlnet:
-        raise InputError(
-            f"{what} is a {name}; this model's {type(network).__name__} takes a {kind.controlnet}. "
-            "It was made for another model family"
-        )
-    for key in kind.alike:
-        ours, theirs = (plain(c.get(key)) for c in (config, network.config))
-        if ours != theirs:
-            raise InputError(
-                f"{what} has {key} = {ours}, and this model's {type(network).__name__} {theirs}: "
-                "it was made for another model"
-            )
+    check_fit(what, name, config, kind, network)
     if isinstance(model, nn.Module):
         controlnet = twin(model)
     else:
@@ -194,6 +194,26 @@ def load(model: Any, kind: Kind, network: Any, run: Run) -> Any:
         controlnet.enable_gradient_checkpointing()
     kind.prepare(controlnet, network)
     return controlnet
+
+
+def check_fit(what: str, name: str, config: Mapping[str, Any], kind: Kind, network: Any) -> None:
+    """Refuse a ControlNet of another class, or of other widths, than a network takes.
+
+    Raises:
+        InputError: says what it is, and what the network takes.
+    """
+    if name != kind.controlnet:
+        raise InputError(
+            f"{what} is a {name}; this model's {type(network).__name__} takes a {kind.controlnet}. "
+            "It was made for another model family"
+        )
+    for key in kind.alike:
+        ours, theirs = (plain(c.get(key)) for c in (config, network.config))
+        if ours != theirs:
+            raise InputError(
+                f"{what} has {key} = {ours}, and this model's {type(network).__name__} {theirs}: "
+                "it was made for another model"
+            )
 
 
 def plain(value: Any) -> Any:
