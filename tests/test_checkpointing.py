@@ -144,3 +144,21 @@ def test_a_hook_on_a_copy_is_not_on_the_original():
     own.register_full_backward_hook(lambda *_: None)
     assert (len(own._forward_hooks), len(block._forward_hooks)) == (2, 1)
     assert not block._forward_pre_hooks and not block._backward_hooks
+
+
+def test_lists_tables_and_the_configuration_of_a_copy_are_its_own():
+    """An adapter's scales lie in such tables, and loaders of adapters set the configuration."""
+    network = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    network.encoder.scales, network.encoder.names = {"one": 1.0}, ["one"]
+    own = own_copy(network)
+    own.encoder.scales["two"] = 2.0
+    own.encoder.names.append("two")
+    own.config.scaling_factor = 3.0
+    assert (network.encoder.scales, network.encoder.names) == ({"one": 1.0}, ["one"])
+    assert network.config.scaling_factor == 1.0
+    assert own.config.latent_channels == network.config.latent_channels

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import pilotfish
-from pilotfish import InputError, ModelError, Sampler
+from pilotfish import InputError, ModelError, Plugin, Sampler
 from pilotfish.models.protocol import Conditioning, Defaults
 from pilotfish.testing import GaussianModel, random_pipeline
 
@@ -103,3 +103,23 @@ def test_the_exact_model_says_what_it_does_not_take():
     with pytest.raises(ModelError, match="takes no down"):
         GaussianModel().predict(torch.zeros(1, 3, 4, 4), 0, Conditioning({}), down=1)
     assert isinstance(GaussianModel.defaults, Defaults)
+
+
+def test_a_runs_pipeline_is_over_its_own_networks_and_the_users_stays_as_it_was():
+    pipeline = random_pipeline(family="sd3")
+    before, seen = dict(pipeline.components), []
+
+    class Loads(Plugin):
+        def setup(self, run):
+            own = run.model.pipeline()
+            seen.append((type(own), own.transformer is run.model.denoiser))
+            seen.append([e.network is getattr(own, e.name) for e in run.model.text_encoders])
+            assert own.components.keys() == before.keys() and own.transformer.config.num_layers == 2
+            own.register_modules(image_encoder=torch.nn.Linear(1, 1))
+            own.transformer = None
+
+    Sampler.from_pipeline(pipeline)("a red cat", plugins=[Loads()], steps=1, seed=0)
+    assert seen == [(type(pipeline), True), [True] * 3]
+    assert all(pipeline.components[name] is part for name, part in before.items())
+    assert pipeline.config.transformer[1] == "SD3Transformer2DModel"
+    assert GaussianModel().pipeline() is None

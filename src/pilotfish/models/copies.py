@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
 
-# What a module keeps of its hooks: dictionaries, each of which a copy has for itself.
-HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
+# What a module keeps its hooks, an adapter's scales and the like in: a copy has its own.
+CONTAINERS = {dict, list, OrderedDict}
 HOLDERS = {types.MethodType, functools.partial}
 
 
@@ -31,13 +32,16 @@ def own_copy(network: Any, device: Any = None) -> Any:
         twin = copies[id(module)]
         own = vars(twin)
         own.update(vars(module))
-        for name in [name for name, value in own.items() if type(value) in HOLDERS]:
-            own[name] = _rebound(own[name], module, twin)
+        for name, value in own.items():  # no key is added or taken away
+            if type(value) in CONTAINERS:
+                own[name] = value.copy() if value else type(value)()  # mostly empty
+            elif type(value) in HOLDERS:
+                own[name] = _rebound(value, module, twin)
         own["_modules"] = {n: m and copies[id(m)] for n, m in module._modules.items()}
         own["_parameters"] = {n: weights.get(id(p)) for n, p in module._parameters.items()}
         own["_buffers"] = {n: b if b is None else b.to(device) for n, b in module._buffers.items()}
-        for name in HOOKS:
-            own[name] = own[name].copy() if own[name] else type(own[name])()  # mostly empty
+    if config := vars(network).get("_internal_dict"):  # of diffusers, which loaders of adapters set
+        copies[id(network)]._internal_dict = copy.copy(config)
     return copies[id(network)]
 
 

@@ -161,6 +161,12 @@ class PipelineFamily:
         """The network that predicts."""
         return getattr(self, self.network)
 
+    def pipeline(self) -> Any:
+        """A pipeline of diffusers over these networks, for its loaders; see `LatentDiffusion`."""
+        pipeline = copy.copy(self._pipeline)
+        vars(pipeline).update({name: getattr(self, name) for name in self._networks})
+        return pipeline
+
     def differentiable(self, checkpointing: str, again: Again | None = nullcontext) -> Self:
         """The model as the pipeline is now, on copies of its networks; see `LatentDiffusion`."""
         model = copy.copy(self)
@@ -314,20 +320,16 @@ class PipelineFamily:
         config = self.vae.config
         if self._has_moments:
             mean, std = self._moments(latents)
-            latents = latents * std / config.scaling_factor + mean
-        else:
-            latents = latents / config.scaling_factor + (config.shift_factor or 0)
-        return latents
+            return latents.mul(std).div(config.scaling_factor).add(mean)
+        return latents.div(config.scaling_factor).add(config.shift_factor or 0)
 
     def _from_vae(self, encoded: Tensor) -> Tensor:
         """What the encoder gives, as latents: `_to_vae` backwards."""
         config = self.vae.config
         if self._has_moments:
             mean, std = self._moments(encoded)
-            encoded = (encoded - mean) * config.scaling_factor / std
-        else:
-            encoded = (encoded - (config.shift_factor or 0)) * config.scaling_factor
-        return encoded
+            return encoded.sub(mean).mul(config.scaling_factor).div(std)
+        return encoded.sub(config.shift_factor or 0).mul(config.scaling_factor)
 
     def _film(self, image: Tensor) -> Tensor:
         """A picture as the VAE's encoder takes it."""
@@ -344,7 +346,6 @@ class PipelineFamily:
 
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel, (C, 1, 1), of a VAE that has them."""
-        config = self.vae.config
-        found = (config.latents_mean, config.latents_std)
+        found = (self.vae.config.latents_mean, self.vae.config.latents_std)
         mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
         return mean, std

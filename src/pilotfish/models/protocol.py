@@ -258,6 +258,12 @@ class LatentDiffusion(Protocol):
     @property
     def sites(self) -> Sequence[Site]: ...
 
+    def pipeline(self) -> Any:
+        """A pipeline of diffusers over these networks, for its loaders; None where there is none.
+
+        In a run these are the run's own copies: what is loaded into them ends with it.
+        """
+
     def new_scheduler(self, spec: Any) -> Any:
         """A fresh scheduler (see `Run.scheduler`)."""
 

@@ -61,6 +61,9 @@ class GaussianModel:
         """The model's own."""
         return self.dtype
 
+    def pipeline(self) -> None:
+        """diffusers has none."""
+
     def new_scheduler(self, spec: Any) -> Any:
         """A scheduler by short name, or a table with `name` and configuration."""
         options = {"name": spec} if isinstance(spec, str) else dict(spec)
