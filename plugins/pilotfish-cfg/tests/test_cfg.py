@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pilotfish_cfg import CfgInterval, CfgRescale, Threshold
+from pilotfish_cfg import (
+    Apg,
+    CfgInterval,
+    CfgNorm,
+    CfgPlusPlus,
+    CfgRescale,
+    CfgZeroStar,
+    Fdg,
+    Mambo,
+    Tcfg,
+    Threshold,
+)
 from pilotfish_kit import parametrize_with_checks
 
 from pilotfish import Run
@@ -13,6 +24,13 @@ PLUGINS = {
     "threshold": Threshold(limit=1),
     "cfg-rescale": CfgRescale(),
     "cfg-interval": CfgInterval(high=3),
+    "cfg-zero-star": CfgZeroStar(zero_steps=0),
+    "apg": Apg(threshold=0.01),
+    "mambo": Mambo(space="x0"),
+    "tcfg": Tcfg(),
+    "fdg": Fdg(scales=[8, 4, 2]),
+    "cfg-norm": CfgNorm(over="token"),
+    "cfg-plus-plus": CfgPlusPlus(scale=0.5),
 }
 
 

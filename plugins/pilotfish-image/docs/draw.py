@@ -1,7 +1,7 @@
 """Draw drawing.png, a house of a few shapes, and image.png, what the plugins do.
 
-First the drawing, and `img2img` at two strengths: the layout stays while the prompt takes over. Then
-`inpaint` in the upper half: the wall and the door stay.
+First the drawing, and `img2img` at two strengths: the layout stays while the prompt takes over.
+Then `inpaint` in the upper half: the wall and the door stay.
 """
 
 from __future__ import annotations
