@@ -3,6 +3,7 @@
 from .directions import Apg, CfgNorm, CfgZeroStar, Mambo, Tcfg
 from .frequencies import Fdg
 from .guidance import CfgInterval, CfgRescale
+from .nag import Nag
 from .plus_plus import CfgPlusPlus
 from .threshold import Threshold
 
@@ -15,6 +16,7 @@ __all__ = [
     "CfgZeroStar",
     "Fdg",
     "Mambo",
+    "Nag",
     "Tcfg",
     "Threshold",
 ]
