@@ -49,6 +49,7 @@ def stack(tmp_path_factory):
         "img2img": {"image": str(folder / "grey.png"), "strength": 1},
         "inpaint": {"image": str(folder / "grey.png"), "mask": [0.25, 0.25, 1, 1]},
         "mambo": {},
+        "nag": {"negative_prompt": "an otter"},
         "optimize": {},
         "palette": {"colors": ["#14213d", "#fca311"]},
         "reference": {"image": str(folder / "grey.png")},

@@ -2,8 +2,8 @@
 
 Eight objects, eight pictures each, DDIM, 12 steps. A judge, a network apart, says whether object
 and background are as the prompt says; the Frechet distance is taken in the judge's features to
-fresh pictures of the same objects and backgrounds. The best of a method is its lowest distance among the
-scales at which the judge sees both in at least `RIGHT` of the pictures.
+fresh pictures of the same objects and backgrounds. The best of a method is its lowest distance
+among the scales at which the judge sees both in at least `RIGHT` of the pictures.
 
     python docs/measure.py --out work
 

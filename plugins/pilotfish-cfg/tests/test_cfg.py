@@ -13,6 +13,7 @@ from pilotfish_cfg import (
     CfgZeroStar,
     Fdg,
     Mambo,
+    Nag,
     Tcfg,
     Threshold,
 )
@@ -31,6 +32,7 @@ PLUGINS = {
     "fdg": Fdg(scales=[8, 4, 2]),
     "cfg-norm": CfgNorm(over="token"),
     "cfg-plus-plus": CfgPlusPlus(scale=0.5),
+    "nag": Nag(negative_prompt="a puppy", alpha=0.5),
 }
 
 
