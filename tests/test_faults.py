@@ -244,7 +244,7 @@ def test_an_object_without_hooks_and_a_class_are_refused(sampler):
     [
         ({"scael": 2}, "no setting 'scael'. Did you mean 'scale'"),
         ({"every": 0}, "every must be greater than or equal to 1; got 0"),
-        ({"scale": float("nan")}, "scale must be a finite number; got nan"),
+        ({"scale": float("nan")}, "scale must be a finite number, or a curve .*; got nan"),
         ({"gradient": "image"}, "gradient must be 'x0', 'latents' or 'none'; got 'image'"),
     ],
 )

@@ -1,8 +1,7 @@
 """Draw drawing.png, a house of a few shapes, and image.png, what the plugins do.
 
-First row: the drawing, and `img2img` at two strengths: the layout stays while the prompt takes
-over. Then `inpaint` in the upper half: the wall and the door stay. Second row: one prompt at
-guidance 4, then at 25, plain and with each of the plugins that tame it.
+First the drawing, and `img2img` at two strengths: the layout stays while the prompt takes over.
+Then `inpaint` in the upper half: the wall and the door stay.
 """
 
 from __future__ import annotations
@@ -46,30 +45,11 @@ def reworked(sampler: pilotfish.Sampler, steps: int) -> dict[str, Image.Image]:
     return {"drawing": drawing(), **made}
 
 
-def guided(sampler: pilotfish.Sampler, steps: int) -> dict[str, Image.Image]:
-    """One prompt under guidance that is too strong, and tamed."""
-    uses = {"guidance 25": [], **{n: [n] for n in ("threshold", "cfg-interval", "cfg-rescale")}}
-
-    def fire(plugins: list[str], scale: float) -> Image.Image:
-        run = {**RUN, "guidance_scale": scale, "steps": steps, "seed": 3}
-        prompt = "a campfire on a black background"
-        return sampler(prompt, plugins=plugins, **run).images[0]
-
-    strong = {label: fire(plugins, 25) for label, plugins in uses.items()}
-    return {"guidance 4": fire([], 4), **strong}
-
-
 def main(out: str | None = None, steps: int = 25) -> Path:
     """Make the pictures; returns where the sheet is."""
     drawing().save(HOUSE, optimize=True)
-    sampler = pilotfish.load()
-    rows = [
-        view.strip(list(row.values()), list(row), height=128)
-        for row in (reworked(sampler, steps), guided(sampler, steps))
-    ]
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    for number, row in enumerate(rows):
-        sheet.paste(row, (0, number * row.height))
+    row = reworked(pilotfish.load(), steps)
+    sheet = view.strip(list(row.values()), list(row), height=128)
     path = Path(out) if out else HERE / "image.png"
     sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     return path

@@ -1,4 +1,4 @@
-"""What all six plugins keep."""
+"""What all three plugins keep."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pilotfish_image import CfgInterval, CfgRescale, Img2Img, Inpaint, Optimize, Threshold
+from pilotfish_image import Img2Img, Inpaint, Optimize
 from pilotfish_kit import parametrize_with_checks
 
 from pilotfish import Run
@@ -16,9 +16,6 @@ PICTURE = Path(__file__).parents[1] / "docs" / "drawing.png"
 PLUGINS = {
     "img2img": Img2Img(image=PICTURE, strength=1),
     "inpaint": Inpaint(image=PICTURE, mask=(0.25, 0, 0.75, 0.6)),
-    "threshold": Threshold(limit=1),
-    "cfg-rescale": CfgRescale(),
-    "cfg-interval": CfgInterval(high=3),
     "optimize": Optimize(optimizer="adamw", schedule="cosine", weight_decay=0.1),
 }
 
@@ -48,7 +45,6 @@ def test_a_run_is_repeated_from_its_file(sampler, name):
     [
         (f"img2img:image={PICTURE},strength=1", "img2img"),
         (f"inpaint:image={PICTURE},mask=[0.25,0,0.75,0.6]", "inpaint"),
-        ("threshold:limit=1", "threshold"),
         ("optimize:optimizer=adamw,schedule=cosine,weight_decay=0.1", "optimize"),
     ],
 )

@@ -15,6 +15,7 @@ from ..errors import DefinitionError, InputError, SettingsError, explain, in_utf
 from ..guidance.presets import within
 from .area import Area
 from .specs import KINDS, hookimpl
+from .strength import Strength, strength_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +107,11 @@ class Guide(Plugin):
     class Settings(Plugin.Settings):
         """What every guide has."""
 
-        scale: float = Setting(1.0, description="strength; 0 is off, below 0 pushes away")
+        scale: Strength = Setting(
+            1.0,
+            description="strength; 0 is off, below 0 pushes away; or a curve over the run, "
+            "[[progress, strength], ...], with straight lines between the points",
+        )
         start: float = Setting(0.0, ge=0, le=1, description="first moment, a fraction of the run")
         stop: float = Setting(1.0, ge=0, le=1, description="last moment, a fraction of the run")
         every: int = Setting(1, ge=1, description="act on every n-th step only")
@@ -133,7 +138,11 @@ class Guide(Plugin):
         """Whether the settings ask for this guide at step `index` of `num_steps`."""
         settings = self.settings
         inside = within(index / num_steps, settings.start, settings.stop)
-        return bool(settings.scale != 0 and inside and index % settings.every == 0)
+        return inside and index % settings.every == 0 and self.scale_at(index, num_steps) != 0
+
+    def scale_at(self, index: int, num_steps: int) -> float:
+        """How strong it is at step `index` of `num_steps`."""
+        return strength_at(self.settings.scale, index / num_steps)
 
 
 def guide(

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,7 @@ class PipelineFamily:
         self.text_encoders = self._text()
 
     def _text(self) -> Sequence[TextEncoder]:
-        encoders: Sequence[Any] = self._encoders()
-        return [replace(e, waits=self.offload == "text") for e in encoders]
+        return [replace(e, waits=self.offload == "text") for e in cast("Any", self._encoders())]
 
     def _refuse(self) -> None:
         pipeline = self._pipeline

@@ -55,9 +55,10 @@ class Guides:
         self._disabled: set[str] = set()
         self._calls = stack.calls["loss_guidance"]
         # A plugin that is no guide, and has a loss, acts as one of the usual settings.
-        guides = {c.name: c.plugin if isinstance(c.plugin, Guide) else Guide() for c in self._calls}
-        self._acts_at = {name: guide.acts_at for name, guide in guides.items()}
-        self._settings = {name: guide.settings for name, guide in guides.items()}
+        self._guides = {
+            c.name: c.plugin if isinstance(c.plugin, Guide) else Guide() for c in self._calls
+        }
+        self._settings = {name: guide.settings for name, guide in self._guides.items()}
         self.regions = {
             name: read_region(stack.label(name), s.mask, s.soft_edge, s.mask_edge)
             for name, s in self._settings.items()
@@ -95,7 +96,7 @@ class Guides:
         if not self.preset.acts_at(index / num_steps):
             return []
         calls = [c for c in self._calls if c.name not in self._disabled]
-        return [c for c in calls if self._acts_at[c.name](index, num_steps)]
+        return [c for c in calls if self._guides[c.name].acts_at(index, num_steps)]
 
     def repeats(self, index: int) -> int:
         """How often the step is taken: noise is put back only where a guide acts."""
@@ -203,7 +204,8 @@ class Guides:
     def remarks(self) -> Iterator[str]:
         """The guides that did nothing in the whole run, or the opposite of what they are for."""
         for call in self._calls:
-            scale = self._settings[call.name].scale
+            guide, num_steps = self._guides[call.name], self._schedule.num_steps
+            scale = sum(guide.scale_at(index, num_steps) for index in range(num_steps))
             records = [r for r in self._trace.of(call.name) if not r.final]
             losses = self._trace.losses(call.name)
             if scale == 0 or any(record.error for record in records):
@@ -257,7 +259,7 @@ class Guides:
             gradients = {leaf: g * region.of(g.shape[-2:]).to(g) for leaf, g in gradients.items()}
         return Pull(
             name=guide.name,
-            scale=self._settings[guide.name].scale,
+            scale=self._guides[guide.name].scale_at(state.index, state.num_steps),
             ends=self._ends(guide),
             loss=loss.detach().reshape(-1).to(graph.device),
             gradients=gradients,

@@ -197,6 +197,17 @@ class Step:
         """Predicted clean latents (B, C, H, W), float32."""
         return self._leaves("x0") if self._leaves else self._state.x0.detach()
 
+    def to_x0(self, prediction: Tensor) -> Tensor:
+        """What clean latents a prediction of the network means: (B, C, H, W), at least float32.
+
+        Differentiable where this step's gradient goes through the network.
+        """
+        return self._state.level.x0(self._state.latents, prediction)
+
+    def to_prediction(self, x0: Tensor) -> Tensor:
+        """The prediction that means these clean latents; not at sigma 0, where each means all."""
+        return self._state.level.output(self._state.latents, x0)
+
     @property
     def image(self) -> Tensor:
         """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""

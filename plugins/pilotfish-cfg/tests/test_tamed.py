@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from pilotfish_image import CfgInterval, CfgRescale, Threshold
+from pilotfish_cfg import CfgInterval, CfgRescale, Threshold
 
 from pilotfish import Plugin, Sampler, SettingsError, mend_torchvision
 from pilotfish.testing import random_pipeline
