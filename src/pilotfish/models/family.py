@@ -18,7 +18,7 @@ from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
 from .copies import offload_hook, own_copy
-from .protocol import Again, Defaults, Generators, Site, TextEncoder
+from .protocol import Again, Defaults, Generators, TextEncoder
 from .schedulers import diffusers
 from .text import ClipText
 
@@ -339,11 +339,3 @@ class PipelineFamily:
         found = (config.latents_mean, config.latents_std)
         mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
         return mean, std
-
-
-def joint_sites(transformer: Any) -> tuple[Site, ...]:
-    """The attention of blocks to which image tokens and text tokens come apart."""
-    return tuple(
-        Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-        for i, block in enumerate(transformer.transformer_blocks)
-    )

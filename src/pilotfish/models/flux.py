@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, pack, places, true_cfg_scale, unpack
-from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .protocol import Conditioning, Embedding, LatentDiffusion, Role, TextEncoder
 from .text import T5Text
 
 
@@ -29,11 +28,6 @@ class Flux(PackedFamily):
         tokenizer = self._pipeline.tokenizer_2
         spell = partial(self._spell, tokenizer)
         return self._clip(), T5Text("text_encoder_2", tokenizer, self.text_encoder_2, spell)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The joint attention of its double blocks; single blocks tell no token from another."""
-        return joint_sites(self.transformer)
 
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, places
-from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .protocol import Conditioning, Embedding, LatentDiffusion, Role, TextEncoder
 from .text import QwenText, chat
 
 LAYERS = (9, 18, 27)  # of the text encoder, stacked
@@ -55,11 +54,6 @@ class Flux2Klein(PackedFamily):
             whole=True,
         )
         return (encoder,)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """The joint attention of its double blocks; single blocks tell no token from another."""
-        return joint_sites(self.transformer)
 
     def cfg_scale(self, run: Any) -> float | None:
         """`guidance_scale` above 1, where the model is not distilled."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .family import PipelineFamily
+from .protocol import Site
 
 
 class PackedFamily(PipelineFamily):
@@ -21,6 +22,14 @@ class PackedFamily(PipelineFamily):
 
     together = False
     heeds_flow_sigmas: ClassVar[bool] = False
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The joint attention of its double blocks; single blocks tell no token from another."""
+        return tuple(
+            Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None), text_first=True)
+            for i, block in enumerate(self.denoiser.transformer_blocks)
+        )
 
     @property
     def _multiple(self) -> int:

@@ -163,12 +163,14 @@ class Site:
         module: of diffusers.
         kind: "self" among image tokens, "cross" from image to text, or "joint" of both.
         image: which of its tokens are the image's.
+        text_first: whether the text's tokens stand before them where both see each other.
     """
 
     name: str
     module: Any
     kind: Literal["self", "cross", "joint"]
     image: slice
+    text_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, pack, true_cfg_scale, unpack
-from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .protocol import Conditioning, Embedding, LatentDiffusion, Role, TextEncoder
 from .text import QwenText
 
 
@@ -34,11 +33,6 @@ class QwenImage(PackedFamily):
             most=pipeline.tokenizer_max_length,
         )
         return (encoder,)
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Its joint attention: image tokens and text tokens come apart."""
-        return joint_sites(self.transformer)
 
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""

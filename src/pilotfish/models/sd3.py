@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .family import PipelineFamily, joint_sites
+from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .schedulers import linear_shift
 from .text import T5Text, side_by_side
@@ -41,8 +41,14 @@ class StableDiffusion3(PipelineFamily):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Its joint attention: image tokens and text tokens come apart."""
-        return joint_sites(self.transformer)
+        """Its joint attention, and that of image tokens alone which SD 3.5 medium has beside it."""
+        kinds: dict[str, Literal["joint", "self"]] = {"attn": "joint", "attn2": "self"}
+        return tuple(
+            Site(f"transformer_blocks.{i}.{name}", module, kind, slice(None))
+            for i, block in enumerate(self.transformer.transformer_blocks)
+            for name, kind in kinds.items()
+            if (module := getattr(block, name)) is not None
+        )
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
         """Both CLIPs side by side, then the T5's tokens, or as many zeros; and what CLIPs pool."""

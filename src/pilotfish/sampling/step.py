@@ -51,7 +51,7 @@ class StepState:
     conditioning: Conditioning
     generators: Callable[[str], list[torch.Generator]]
     calls: tuple[Conditioning, ...] = ()
-    predict: Callable[[StepState, str, Any, Any], Tensor] | None = None
+    predict: Callable[[StepState, str, Any, Any, Tensor | None], Tensor] | None = None
     as_used: Callable[[Tensor], Tensor] = lambda x0: x0
     following: NoiseLevel = CLEAN
     output: Tensor | None = None
@@ -186,6 +186,13 @@ class Step:
         """Predicted clean latents (B, C, H, W), float32."""
         return self._leaves("x0") if self._leaves else self._state.x0.detach()
 
+    def to_x0(self, prediction: Tensor) -> Tensor:
+        """What clean latents a prediction of the network means: (B, C, H, W), at least float32.
+
+        Differentiable where this step's gradient goes through the network.
+        """
+        return self._state.level.x0(self._state.latents, prediction)
+
     @property
     def image(self) -> Tensor:
         """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
@@ -226,7 +233,10 @@ class Step:
         return self._state.call
 
     def predict(
-        self, conditioning: Conditioning | str | None = None, patch: Patch | None = None
+        self,
+        conditioning: Conditioning | str | None = None,
+        patch: Patch | None = None,
+        offset: Tensor | None = None,
     ) -> Tensor:
         """One more prediction of the network at this step: (B, C, H, W), of its own kind.
 
@@ -239,10 +249,11 @@ class Step:
                 or a function that makes one, which is asked again where layers are computed again
                 for a gradient. With a context manager itself, no layer of this call is
                 checkpointed.
+            offset: what is added to the latents for this call alone, (B, C, H, W).
         """
         if self._state.predict is None:
             raise PilotfishError("step.predict needs a run; this step has none")
-        return self._state.predict(self._state, self._plugin, conditioning, patch)
+        return self._state.predict(self._state, self._plugin, conditioning, patch, offset)
 
     @property
     def generator(self) -> list[torch.Generator]:
