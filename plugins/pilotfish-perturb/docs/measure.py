@@ -31,8 +31,8 @@ from torch import Tensor
 import pilotfish
 from pilotfish import Plugin
 
-for name in ("pilotfish-emoji", "pilotfish-emoji-flow"):
-    sys.path.insert(0, str(Path(__file__).parents[2] / name / "training"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji-flow" / "training"))
 from emoji_training.score import Wish, frechet_distance, plain_wishes, rates
 from emoji_training.world import EMOJI, World, pixels, render, sheet
 
