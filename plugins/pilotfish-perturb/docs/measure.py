@@ -1,9 +1,9 @@
 """Measure all five plugins on a trained model: is it what the prompt says, and a good picture?
 
-64 prompts, one of each object, a picture each, in batches of 16, the model's own steps and
-guidance, and the same without classifier-free guidance; each plugin at three scales. A judge apart
-from the model says whether object and background are right. The Frechet distance is taken in its
-features to 512 fresh pictures of the same prompts; its floor is that of 64 other fresh ones.
+64 prompts, one of each object, a picture each, in batches of 16, with the model's own steps and
+guidance, in bfloat16; each plugin at three scales. A judge apart from the model says whether object
+and background are right. The Frechet distance is taken in its features to 512 fresh pictures of the
+same prompts; its floor is that of 64 other fresh ones.
 
     python docs/measure.py --model emoji --out work
 
@@ -38,11 +38,11 @@ from emoji_training.world import EMOJI, World, pixels, render, sheet
 
 COUNT, BATCH, REPEATS = 64, 16, 8
 SCALES = {
-    "pag": (0.5, 1, 3),
-    "seg": (0.5, 1, 3),
-    "slg": (0.5, 1, 2.8),
-    "sag": (0.25, 0.75, 1.5),
-    "autoguidance": (0.5, 1, 2),
+    "pag": (3, 1, 0.3),
+    "seg": (3, 1, 8),
+    "slg": (2.8, 1, 5),
+    "sag": (0.75, 0.25, 1.5),
+    "autoguidance": (1, 0.3, 2),
 }
 
 
@@ -97,72 +97,68 @@ def renders(world: World, wishes: Sequence[Wish], seed: int) -> Tensor:
 
 
 def draw(panels: dict[str, Tensor], path: Path) -> None:
-    """The first 16 pictures of each, four by four, six panels in a row."""
+    """The first 16 pictures of each, four by four."""
     sheets = {name: sheet(images[:16], columns=4) for name, images in panels.items()}
-    (width, height), line, row = next(iter(sheets.values())).size, 18, 6
-    size = ((width + line) * row - line, (height + line) * -(-len(sheets) // row))
+    (width, height), line = next(iter(sheets.values())).size, 18
+    size = ((width + line) * len(sheets) - line, height + line)
     canvas = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for index, (name, drawing) in enumerate(sheets.items()):
-        left, top = index % row * (width + line), index // row * (height + line)
-        pen.text((left + 2, top + 1), name, fill="black", font=font)
-        canvas.paste(drawing, (left, top + line))
+        pen.text((index * (width + line) + 2, 1), name, fill="black", font=font)
+        canvas.paste(drawing, (index * (width + line), line))
     canvas.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+def setting(model: str) -> tuple[World, judges.Judge]:
+    """What the model draws, and who judges it."""
+    if model == "emoji":
+        return EMOJI, judges.load(FOLDER)
+    from flow_training.pictures import WORLD
+    from pilotfish_emoji_flow.names import FOLDER as PLACE
+    from pilotfish_emoji_flow.names import OBJECTS
+
+    return WORLD, judges.load(PLACE, objects=OBJECTS)
+
+
+@torch.no_grad()
 def main() -> None:
     """Make what is missing, print a line for each point, write the table and the sheet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["emoji", "emoji-flow"], default="emoji")
     parser.add_argument("--out", type=Path, required=True, help="working folder")
     options = parser.parse_args()
-    out = options.out / options.model
+    out, place = options.out / options.model, Path(__file__).with_name(options.model)
     out.mkdir(parents=True, exist_ok=True)
-    if options.model == "emoji":
-        world, judge = EMOJI, judges.load(FOLDER)
-    else:
-        from flow_training.pictures import WORLD as world
-        from pilotfish_emoji_flow.names import FOLDER as folder
-        from pilotfish_emoji_flow.names import OBJECTS
-
-        judge = judges.load(folder, objects=OBJECTS)
-    sampler, wishes = pilotfish.load(options.model), plain_wishes(COUNT, 1, world)
-    with torch.no_grad():
-        known = judge.features(renders(world, wishes * REPEATS, 4))
+    world, judge = setting(options.model)
+    sampler, wishes = pilotfish.load(options.model, dtype="bfloat16"), plain_wishes(COUNT, 1, world)
+    known = judge.features(renders(world, wishes * REPEATS, 4))
     rows: list[dict[str, Any]] = []
 
-    def measured(name: str, images: Tensor, **more: Any) -> dict[str, Any]:
-        with torch.no_grad():
-            distance = frechet_distance(judge.features(images), known)
-        right = rates(judge, images, wishes)
-        row = {"name": name, "distance": round(distance, 1), **more}
-        rows.append(row | {part: right[part] for part in ("object", "background")})
+    def measured(name: str, images: Tensor, **more: Any) -> float:
+        distance, right = (
+            frechet_distance(judge.features(images), known),
+            rates(judge, images, wishes),
+        )
+        row = {"name": name, **more, "object": right["object"], "background": right["background"]}
+        rows.append(row | {"distance": round(distance, 1)})
         print(json.dumps(rows[-1]), flush=True)
-        return rows[-1]
+        table = json.dumps({"prompts": COUNT, "points": rows}, indent=1)
+        place.with_suffix(".json").write_text(table + "\n", encoding="utf-8")
+        return distance
 
     measured("fresh pictures", renders(world, wishes, 5))
-    defaults, panels = sampler.model.defaults, {}
-    for guidance in (defaults.guidance_scale, 1.0):
-        # As many calls of the network as with a third prediction.
-        longer = round(defaults.steps * (1.5 if guidance > 1 else 2))
-        points = [("plain", None, defaults.steps), ("plain, more steps", None, longer)]
-        points += [(n, s, defaults.steps) for n, scales in SCALES.items() for s in scales]
-        best: dict[str, tuple[float, Tensor]] = {}
-        for name, scale, steps in points:
-            use = [] if scale is None else [f"{name}:scale={scale}"]
-            path = out / f"{guidance:g} {name} {scale} {steps}.pt"
-            run = {"steps": steps, "guidance_scale": guidance}
-            images, calls = drawn(sampler, wishes, use, path, **run)
-            row = measured(name, images, guidance=guidance, scale=scale, calls=calls)
-            best[name] = min(
-                best.get(name, (1e9, images)), (row["distance"], images), key=lambda b: b[0]
-            )
-        best.pop("plain, more steps")
-        panels |= {f"{name}, guidance {guidance:g}": images for name, (_, images) in best.items()}
-    place = Path(__file__).with_name(options.model)
-    table = json.dumps({"prompts": COUNT, "points": rows}, indent=1)
-    place.with_suffix(".json").write_text(table + "\n", encoding="utf-8")
-    draw(panels, place.with_suffix(".png"))
+    steps = sampler.model.defaults.steps
+    best: dict[str, tuple[float, Tensor]] = {}
+    # Three calls a step are as many as two of half as many steps more.
+    plain = [("plain", None, steps), ("plain, more steps", None, 3 * steps // 2)]
+    points = [(name, scales[i], steps) for i in range(3) for name, scales in SCALES.items()]
+    for name, scale, count in [*plain, *points]:
+        use = [] if scale is None else [f"{name}:scale={scale}"]
+        images, calls = drawn(sampler, wishes, use, out / f"{name} {scale}.pt", steps=count)
+        distance = measured(name, images, scale=scale, calls=calls)
+        if name not in best or distance < best[name][0]:
+            best[name] = distance, images
+    draw({name: images for name, (_, images) in best.items()}, place.with_suffix(".png"))
 
 
 if __name__ == "__main__":
