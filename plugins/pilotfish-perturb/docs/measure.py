@@ -149,10 +149,10 @@ def main() -> None:
     measured("fresh pictures", renders(world, wishes, 5))
     steps = sampler.model.defaults.steps
     best: dict[str, tuple[float, Tensor]] = {}
+    scaled = [(name, scales[i], steps) for i in range(3) for name, scales in SCALES.items()]
     # Three calls a step are as many as two of half as many steps more.
-    plain = [("plain", None, steps), ("plain, more steps", None, 3 * steps // 2)]
-    points = [(name, scales[i], steps) for i in range(3) for name, scales in SCALES.items()]
-    for name, scale, count in [*plain, *points]:
+    plain, longer = ("plain", None, steps), ("plain, more steps", None, 3 * steps // 2)
+    for name, scale, count in [plain, *scaled[:5], longer, *scaled[5:]]:
         use = [] if scale is None else [f"{name}:scale={scale}"]
         images, calls = drawn(sampler, wishes, use, out / f"{name} {scale}.pt", steps=count)
         distance = measured(name, images, scale=scale, calls=calls)
