@@ -130,10 +130,10 @@ def test_the_second_attention_of_stable_diffusion_3_5_medium_is_a_site():
     sites = Sampler.from_pipeline(pipeline).model.sites
     assert [(site.name, site.kind) for site in sites] == [
         ("transformer_blocks.0.attn", "joint"),
-        ("transformer_blocks.0.attn2", "self"),
         ("transformer_blocks.1.attn", "joint"),
+        ("transformer_blocks.0.attn2", "self"),
     ]
-    assert sites[1].module is pipeline.transformer.transformer_blocks[0].attn2
+    assert sites[2].module is pipeline.transformer.transformer_blocks[0].attn2
 
 
 def test_the_exact_model_says_what_it_does_not_take():

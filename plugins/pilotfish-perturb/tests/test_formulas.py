@@ -9,7 +9,7 @@ import pytest
 import torch
 from pilotfish_perturb import Autoguidance, Pag, Sag, Seg, Slg
 from pilotfish_perturb.attention import attending, own_token, smoothed
-from pilotfish_perturb.layers import all_layers
+from pilotfish_perturb.layers import all_layers, chosen
 from scipy.ndimage import gaussian_filter
 from torch.nn.functional import interpolate
 
@@ -241,3 +241,37 @@ def test_image_tokens_are_told_from_text_tokens_in_joint_attention(family, atten
         torch.testing.assert_close(our, wanted, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(ours[0], plain[0], atol=1e-4)
     torch.testing.assert_close(ours[1], plain[1])  # text tokens see as before
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "image"),
+    [
+        ("flux", "single_transformer_blocks.0", slice(5, 53)),
+        ("flux2-klein", "single_transformer_blocks.0", slice(5, 53)),
+        ("z-image", "noise_refiner.0", slice(0, 48)),
+        ("z-image", "layers.0", slice(0, 48)),
+    ],
+)
+def test_image_tokens_are_told_from_others_in_one_row(family, name, image):
+    """48 of them, six by eight, and five of the text behind or before, or of padding."""
+    sampler = Sampler.from_pipeline(random_pipeline(family=family, dtype=torch.float64))
+    sampler.model.size = (24, 32)
+    (layer,) = chosen(sampler.model, [name])
+    (site,) = layer.sites
+    generator = torch.Generator().manual_seed(0)
+    width = next(site.module.parameters()).shape[-1]
+    width = getattr(site.module, "query_dim", width)
+    row = torch.randn(1, 53, width, generator=generator).double().requires_grad_()
+    plain = site.module(hidden_states=row)
+    with attending([layer], own_token):
+        perturbed = site.module(hidden_states=row)
+    with attending([layer], lambda *a: smoothed(None, (12, 16), *a)):
+        blurred = site.module(hidden_states=row)
+    others = [i for i in range(53) if i not in range(53)[image]]
+    for ours in (perturbed, blurred):  # the others see as before
+        torch.testing.assert_close(ours[:, others], plain[:, others])
+        assert not torch.allclose(ours[:, image], plain[:, image], atol=1e-6)
+    token = image.start + 7
+    (seen,) = torch.autograd.grad(perturbed[0, token].sum(), row)
+    reached = {i for i in range(53) if seen[0, i].any()}
+    assert reached == {token, *others}

@@ -16,7 +16,7 @@ from pilotfish_perturb.layers import Layer, all_layers, chosen, usual
 
 import pilotfish
 from pilotfish import Guide, InputError, ModelError, Plugin, PluginError, Sampler, SettingsError
-from pilotfish.testing import random_pipeline, random_sampler
+from pilotfish.testing import GaussianModel, random_pipeline, random_sampler
 
 PLUGINS = {
     "pag": Pag(),
@@ -105,15 +105,27 @@ def test_slg_equals_what_the_pipeline_of_stable_diffusion_3_skips():
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "qwen-image", "flux2-klein"])
-def test_a_network_that_skips_a_layer_is_one_that_does_not_have_it(family):
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    [
+        ("sd3", "transformer_blocks.0"),
+        ("flux", "transformer_blocks.0"),
+        ("flux", "single_transformer_blocks.0"),
+        ("z-image", "noise_refiner.0"),
+        ("z-image", "layers.0"),
+        ("qwen-image", "transformer_blocks.0"),
+        ("flux2-klein", "transformer_blocks.0"),
+        ("flux2-klein", "single_transformer_blocks.0"),
+    ],
+)
+def test_a_network_that_skips_a_layer_is_one_that_does_not_have_it(family, layer):
     """At scale -1 and without other guidance, the weakened prediction is all that is left."""
-    run = {"height": 32, "width": 32, "guidance_scale": 1.0}
+    run = {"height": 32, "width": 32, "guidance_scale": 0.0 if family == "z-image" else 1.0}
     ours = random_sampler(family=family)(
-        PROMPT, plugins=[Slg(layers=[0], scale=-1, stop=1)], seed=1, steps=2, **run
+        PROMPT, plugins=[Slg(layers=[layer], scale=-1, stop=1)], seed=1, steps=2, **run
     )
     pipeline = random_pipeline(family=family)
-    del pipeline.transformer.transformer_blocks[0]
+    del pipeline.transformer.get_submodule(layer.partition(".")[0])[0]
     theirs = Sampler.from_pipeline(pipeline)(PROMPT, seed=1, steps=2, **run)
     torch.testing.assert_close(ours.latents, theirs.latents, rtol=1e-5, atol=1e-5)
 
@@ -289,14 +301,23 @@ def test_a_layer_that_there_is_not_is_answered_with_all_that_there_are(sampler, 
         sampler(PROMPT, plugins=[Pag(layers=[wanted])], steps=1)
 
 
-def test_a_family_without_sites_is_refused_but_for_a_weaker_model(tmp_path):
-    sampler = random_sampler(family="z-image")
-    run = {"steps": 1, "height": 32, "width": 32, "seed": 1}
-    with pytest.raises(ModelError, match="ZImage has no sites"):
-        sampler(PROMPT, plugins=[Pag()], **run)
-    random_pipeline(family="z-image", seed=7).save_pretrained(tmp_path)
-    guided = sampler(PROMPT, plugins=[Autoguidance(model=str(tmp_path))], **run).latents
-    assert not torch.equal(guided, sampler(PROMPT, **run).latents)
+def test_a_model_without_sites_is_refused_but_for_a_weaker_one():
+    with pytest.raises(ModelError, match="GaussianModel has no sites"):
+        Sampler(GaussianModel())("", plugins=[Pag()], steps=1)
+
+
+def test_a_weaker_model_takes_the_networks_place_whatever_the_family(tmp_path):
+    """At scale -1 its prediction is all that is left."""
+    run = {"steps": 1, "height": 32, "width": 32, "seed": 1, "guidance_scale": 0.0}
+    weaker = random_pipeline(family="z-image")
+    with torch.no_grad():
+        for parameter in weaker.transformer.parameters():
+            parameter *= 1.1
+    weaker.save_pretrained(tmp_path)
+    plugin, sampler = Autoguidance(model=str(tmp_path), scale=-1), random_sampler(family="z-image")
+    ours = sampler(PROMPT, plugins=[plugin], **run).latents
+    theirs = Sampler.from_pipeline(weaker)(PROMPT, **run).latents
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_attention_that_is_not_torchs_is_refused_by_name():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .packed import PackedFamily, pack, places, true_cfg_scale, unpack
-from .protocol import Conditioning, Embedding, LatentDiffusion, Role, TextEncoder
+from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import block_sites, joint_sites
 from .text import T5Text
 
 
@@ -28,6 +29,15 @@ class Flux(PackedFamily):
         tokenizer = self._pipeline.tokenizer_2
         spell = partial(self._spell, tokenizer)
         return self._clip(), T5Text("text_encoder_2", tokenizer, self.text_encoder_2, spell)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The joint attention of its double blocks, then of single ones, where text is first."""
+        image, single = slice(-self._tokens, None), "single_transformer_blocks"
+        return (
+            *joint_sites(self.transformer),
+            *block_sites(self.transformer, single, "attn", "joint", image),
+        )
 
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .packed import PackedFamily, places
-from .protocol import Conditioning, Embedding, LatentDiffusion, Role, TextEncoder
+from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import block_sites, joint_sites
 from .text import QwenText, chat
 
 LAYERS = (9, 18, 27)  # of the text encoder, stacked
@@ -54,6 +55,15 @@ class Flux2Klein(PackedFamily):
             whole=True,
         )
         return (encoder,)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The joint attention of its double blocks, then of single ones, where text is first."""
+        image, single = slice(-self._tokens, None), "single_transformer_blocks"
+        return (
+            *joint_sites(self.transformer),
+            *block_sites(self.transformer, single, "attn", "joint", image),
+        )
 
     def cfg_scale(self, run: Any) -> float | None:
         """`guidance_scale` above 1, where the model is not distilled."""

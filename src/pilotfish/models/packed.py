@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .family import PipelineFamily
-from .protocol import Site
 
 
 class PackedFamily(PipelineFamily):
@@ -24,14 +23,6 @@ class PackedFamily(PipelineFamily):
     heeds_flow_sigmas: ClassVar[bool] = False
 
     @property
-    def sites(self) -> tuple[Site, ...]:
-        """The joint attention of its double blocks; single blocks tell no token from another."""
-        return tuple(
-            Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None), text_first=True)
-            for i, block in enumerate(self.denoiser.transformer_blocks)
-        )
-
-    @property
     def _multiple(self) -> int:
         return 2 * self.factor
 
@@ -43,6 +34,12 @@ class PackedFamily(PipelineFamily):
     @property
     def _channels(self) -> int:
         return int(self.denoiser.config.in_channels) // 4
+
+    @property
+    def _tokens(self) -> int:
+        """How many image tokens there are, each of two by two of the VAE's cells."""
+        _, height, width = self.latent_shape(*self.size)
+        return height * width * self.cells**2 // 4
 
     def _sigmas(self, steps: int, config: Mapping[str, Any]) -> Any:
         if self.heeds_flow_sigmas and config.get("use_flow_sigmas"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .schedulers import linear_shift
+from .sites import block_sites, joint_sites
 from .text import T5Text, side_by_side
 
 
@@ -41,13 +42,10 @@ class StableDiffusion3(PipelineFamily):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Its joint attention, and that of image tokens alone which SD 3.5 medium has beside it."""
-        kinds: dict[str, Literal["joint", "self"]] = {"attn": "joint", "attn2": "self"}
-        return tuple(
-            Site(f"transformer_blocks.{i}.{name}", module, kind, slice(None))
-            for i, block in enumerate(self.transformer.transformer_blocks)
-            for name, kind in kinds.items()
-            if (module := getattr(block, name)) is not None
+        """Its joint attention, then that of image tokens alone which SD 3.5 medium has too."""
+        return (
+            *joint_sites(self.transformer, text_first=False),
+            *block_sites(self.transformer, "transformer_blocks", "attn2", "self", slice(None)),
         )
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:

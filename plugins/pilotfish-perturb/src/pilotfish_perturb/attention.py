@@ -146,15 +146,18 @@ class Processor:
 
 
 class Interception(TorchFunctionMode):
-    """Torch's attention among the image's tokens, or among them and the text's, is another.
+    """Torch's attention is another, among the tokens of a module and the text that comes apart.
+
+    Args:
+        count: of the module's `hidden_states`.
 
     Attributes:
         met: whether it was called.
     """
 
-    def __init__(self, site: Any, attend: Attend, image_tokens: int) -> None:
+    def __init__(self, site: Any, attend: Attend, count: int) -> None:
         super().__init__()
-        self._site, self._attend, self._count, self.met = site, attend, image_tokens, False
+        self._site, self._attend, self._count, self.met = site, attend, count, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -163,9 +166,10 @@ class Interception(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         attention = Attention(*args, **(kwargs or {}))
         tokens, keys = attention.query.shape[2], attention.key.shape[2]
-        alone = self._site.kind == "self"
-        if tokens != keys or (tokens == self._count) != alone:  # of an adapter's tokens
+        apart = tokens > self._count and self._site.kind == "joint"
+        if tokens != keys or not (apart or tokens == self._count):  # of an adapter's tokens
             return attention.output()
         self.met = True
-        first = tokens - self._count if self._site.text_first else 0
-        return self._attend(attention, slice(first, first + self._count))
+        first = tokens - self._count if apart and self._site.text_first else 0
+        image = range(first, first + self._count)[self._site.image]
+        return self._attend(attention, slice(image.start, image.stop))

@@ -91,13 +91,13 @@ def skipping(layers: tuple[Layer, ...]) -> AbstractContextManager[None]:
 
 
 def handing_on(layer: Layer) -> Callable[..., Any]:
-    """A block's `forward` that gives back its input: text and image where it has both."""
+    """A block's `forward` that gives back its input: text and image where they come apart."""
     takes = inspect.signature(type(layer.block).forward)
     joint = any(site.kind == "joint" for site in layer.sites)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = takes.bind(layer.block, *args, **kwargs).arguments
-        image = given["hidden_states"]
-        return (given["encoder_hidden_states"], image) if joint else image
+        (_, image, *_), text = given.values(), given.get("encoder_hidden_states")
+        return (text, image) if joint and text is not None else image
 
     return forward
