@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import pilotfish
 from pilotfish import InputError, ModelError, Plugin, Sampler
 from pilotfish.models.protocol import Conditioning, Defaults
-from pilotfish.testing import GaussianModel, random_pipeline
+from pilotfish.testing import GaussianModel, random_pipeline, random_sampler
 
 
 @pytest.mark.parametrize("name", ["AuraFlowPipeline", "NobodysPipeline"])
@@ -97,6 +97,41 @@ def test_sites_are_the_attention_of_the_denoiser_in_order(sampler):
     assert [site.name for site in sites] == [n for n in names if n.endswith(("attn1", "attn2"))]
     assert [site.kind for site in sites[:4]] == ["self", "cross"] * 2
     assert all(site.module is sampler.model.denoiser.get_submodule(site.name) for site in sites)
+
+
+@pytest.mark.parametrize(
+    ("family", "text_first"),
+    [("sd3", False), ("flux", True), ("qwen-image", True), ("flux2-klein", True)],
+)
+def test_joint_sites_tell_whose_tokens_come_first_in_attention(family, text_first, monkeypatch):
+    """By the values that attention gets: those of the image are the ones of its projection."""
+    (site, *_) = random_sampler(family=family).model.sites
+    attention, values = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(query, key, value, **options):
+        values.append(value[0].transpose(0, 1).flatten(1))  # (tokens, heads * D)
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    width = site.module.to_v.in_features
+    image, text = torch.randn(1, 6, width), torch.randn(1, 3, width)
+    site.module(hidden_states=image, encoder_hidden_states=text)
+    assert site.kind == "joint" and site.text_first == text_first
+    given = values[0][3:] if text_first else values[0][:6]
+    torch.testing.assert_close(given, site.module.to_v(image)[0])
+
+
+def test_the_second_attention_of_stable_diffusion_3_5_medium_is_a_site():
+    pipeline = random_pipeline(family="sd3")
+    network = pipeline.transformer
+    pipeline.transformer = network.from_config(network.config, dual_attention_layers=(0,))
+    sites = Sampler.from_pipeline(pipeline).model.sites
+    assert [(site.name, site.kind) for site in sites] == [
+        ("transformer_blocks.0.attn", "joint"),
+        ("transformer_blocks.1.attn", "joint"),
+        ("transformer_blocks.0.attn2", "self"),
+    ]
+    assert sites[2].module is pipeline.transformer.transformer_blocks[0].attn2
 
 
 def test_the_exact_model_says_what_it_does_not_take():

@@ -215,6 +215,46 @@ def test_a_further_prediction_of_the_runs_own_prompt_is_its_own(sampler):
     sampler("a red cat", plugins=[Again()], steps=2, seed=1, guidance_scale=1)
 
 
+def test_an_offset_moves_the_latents_of_that_call_alone(sampler):
+    """Before they are scaled: by 1 / sqrt(sigma^2 + 1) in Euler's coordinates (EDM, c_in)."""
+    seen = []
+
+    class Moved(Plugin):
+        def around_network(self, step):
+            seen.append(step.network_latents)
+
+        def combine_predictions(self, step):
+            before = step.latents.clone()
+            step.predict(offset=torch.ones_like(step.latents))
+            step.predict()
+            assert torch.equal(step.latents, before)
+            own, moved, again = seen
+            expected = own + 1 / (step.sigma**2 + 1) ** 0.5
+            torch.testing.assert_close(moved, expected)
+            assert torch.equal(again, own)
+
+    run = {"scheduler": "euler", "guidance_scale": 1, "seed": 1}
+    sampler("a red cat", plugins=[Moved()], steps=1, **run)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_what_a_prediction_means_is_the_x0_that_it_leads_to(sampler, scheduler):
+    class Means(Plugin):
+        def setup(self, run):
+            return []
+
+        def combine_predictions(self, prediction, step, state):
+            state[:] = [step.to_x0(prediction)]
+
+        def after_step(self, step, state):
+            assert torch.equal(step.x0, state[0])
+            counts.append(True)
+
+    counts = []
+    sampler("a red cat", plugins=[Means()], steps=2, scheduler=scheduler)
+    assert len(counts) == 2
+
+
 def test_a_wrong_answer_is_blamed_on_its_plugin(sampler):
     class Wrong(Plugin):
         def around_network(self):

@@ -173,12 +173,14 @@ class Site:
         module: of diffusers.
         kind: "self" among image tokens, "cross" from image to text, or "joint" of both.
         image: which of the tokens in its `hidden_states` are the image's, for the model's `size`.
+        text_first: whether the text's, where they come apart from them, are first in attention.
     """
 
     name: str
     module: Any
     kind: Literal["self", "cross", "joint"]
     image: slice
+    text_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .schedulers import linear_shift
-from .sites import ip_adapter_problem, joint_sites
+from .sites import block_sites, ip_adapter_problem, joint_sites
 from .text import T5Text, side_by_side
 
 
@@ -42,8 +42,11 @@ class StableDiffusion3(PipelineFamily):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Its joint attention: image tokens and text tokens come apart."""
-        return joint_sites(self.transformer)
+        """Its joint attention, then that of image tokens alone which SD 3.5 medium has too."""
+        return (
+            *joint_sites(self.transformer, text_first=False),
+            *block_sites(self.transformer, "transformer_blocks", "attn2", "self", slice(None)),
+        )
 
     def condition(self, embeddings: Sequence[Embedding], role: Role, run: Any) -> Conditioning:
         """Both CLIPs side by side, then the T5's tokens, or as many zeros; and what CLIPs pool."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from .protocol import Site
@@ -17,18 +18,20 @@ def unet_sites(unet: Any) -> tuple[Site, ...]:
     )
 
 
-def joint_sites(transformer: Any) -> tuple[Site, ...]:
+def joint_sites(transformer: Any, text_first: bool = True) -> tuple[Site, ...]:
     """The attention of blocks to which image tokens and text tokens come apart."""
-    return block_sites(transformer, "transformer_blocks", "attn", "joint", slice(None))
+    sites = block_sites(transformer, "transformer_blocks", "attn", "joint", slice(None))
+    return tuple(replace(site, text_first=text_first) for site in sites)
 
 
 def block_sites(
     transformer: Any, blocks: str, attention: str, kind: Literal["self", "joint"], image: slice
 ) -> tuple[Site, ...]:
-    """The attention of a list of blocks, each with the same tokens."""
+    """The attention of those of a list of blocks that have it, each with the same tokens."""
     return tuple(
-        Site(f"{blocks}.{i}.{attention}", getattr(block, attention), kind, image)
+        Site(f"{blocks}.{i}.{attention}", module, kind, image)
         for i, block in enumerate(getattr(transformer, blocks))
+        if (module := getattr(block, attention)) is not None
     )
 
 

@@ -223,7 +223,7 @@ class Sampling:
         return cond, uncond[0] if uncond else None
 
     def _further_prediction(
-        self, state: StepState, plugin: str, conditioning: Any, patch: Any
+        self, state: StepState, plugin: str, conditioning: Any, patch: Any, offset: Tensor | None
     ) -> Tensor:
         """See `Step.predict`."""
         if isinstance(conditioning, str):
@@ -233,7 +233,8 @@ class Sampling:
             what = f"takes a prompt or a Conditioning; got {type(told).__name__}"
             self.stack.blame(plugin, "step.predict", what, state.where)
         told = told.expand(self.run.num_images)
-        latents = self.schedule.scaled(state.latents, state.timestep)
+        latents = state.latents if offset is None else state.latents + offset.to(state.latents)
+        latents = self.schedule.scaled(latents, state.timestep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
             return self.network(state, latents, told, patch)
 

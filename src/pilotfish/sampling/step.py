@@ -53,7 +53,7 @@ class StepState:
     conditioning: Conditioning
     generators: Callable[[str], list[torch.Generator]]
     calls: tuple[Conditioning, ...] = ()
-    predict: Callable[[StepState, str, Any, Any], Tensor] | None = None
+    predict: Callable[[StepState, str, Any, Any, Tensor | None], Tensor] | None = None
     as_used: Callable[[Tensor], Tensor] = lambda x0: x0
     following: NoiseLevel = CLEAN
     output: Tensor | None = None
@@ -253,7 +253,10 @@ class Step:
         return self._state.call
 
     def predict(
-        self, conditioning: Conditioning | str | None = None, patch: Patch | None = None
+        self,
+        conditioning: Conditioning | str | None = None,
+        patch: Patch | None = None,
+        offset: Tensor | None = None,
     ) -> Tensor:
         """One more prediction of the network at this step: (B, C, H, W), of its own kind.
 
@@ -266,10 +269,11 @@ class Step:
                 or a function that makes one, which is asked again where layers are computed again
                 for a gradient. With a context manager itself, no layer of this call is
                 checkpointed.
+            offset: what is added to the latents for this call alone, (B, C, H, W).
         """
         if self._state.predict is None:
             raise PilotfishError("step.predict needs a run; this step has none")
-        return self._state.predict(self._state, self._plugin, conditioning, patch)
+        return self._state.predict(self._state, self._plugin, conditioning, patch, offset)
 
     @property
     def generator(self) -> list[torch.Generator]:
