@@ -14,6 +14,7 @@ CLIPS = ["stable-diffusion", "sdxl", "sd3"]
 WORDS = ("a", "cat", "on", "campfire", "puppy", "background")  # a token each, also of the T5
 LONG = " ".join(WORDS[i % 6] for i in range(200))
 INK = torch.randn(3, 16, generator=torch.Generator().manual_seed(9))
+SMALL = {"steps": 2, "seed": 3, "height": 32, "width": 32}
 sampler_of = functools.cache(lambda family: random_sampler(family=family))
 
 
@@ -62,7 +63,7 @@ def test_the_last_word_counts(random_sampler):
 @pytest.mark.parametrize("family", [*CLIPS, "flux"])
 @pytest.mark.parametrize("count", [0, 3, 75])
 def test_up_to_seventy_five_tokens_the_picture_is_the_plain_one_to_the_bit(family, count):
-    run = functools.partial(sampler_of(family), " ".join(["cat"] * count), steps=2, seed=3)
+    run = functools.partial(sampler_of(family), " ".join(["cat"] * count), **SMALL)
     assert torch.equal(run(plugins=[LongPrompt()]).latents, run().latents)
 
 
@@ -144,10 +145,10 @@ def test_a_t5_beside_the_clips_gets_its_prompt_as_ever():
     assert torch.equal(plain["long"][:, 2 * 77 :], plain["plain"][:, 77:])
 
 
-@pytest.mark.parametrize("family", ["qwen-image", "flux2-klein"])
+@pytest.mark.parametrize("family", ["z-image", "qwen-image", "flux2-klein"])
 def test_models_whose_encoders_take_long_prompts_are_left_as_they_are(family):
     text = "a cat " * 15  # a token for each letter
-    run = functools.partial(sampler_of(family), text, steps=1, seed=0)
+    run = functools.partial(sampler_of(family), text, **SMALL)
     assert torch.equal(run(plugins=[LongPrompt()]).latents, run().latents)
 
 
