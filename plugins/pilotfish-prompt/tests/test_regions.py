@@ -221,6 +221,12 @@ def test_what_another_plugin_adds_to_the_call_is_refused_with_crops(random_sampl
         random_sampler("a", plugins=[Regions(prompts=["b"], areas=LEFT), Scaled()], steps=1)
 
 
+def test_two_of_them_in_one_run_are_refused(random_sampler):
+    plugins = [Regions(prompts=["a"], areas=LEFT), Regions(prompts=["b"], areas=LEFT, by="whole")]
+    with pytest.raises(InputError, match="give one all prompts and areas"):
+        random_sampler("a", plugins=plugins, steps=1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -56,6 +56,9 @@ class Regions(Plugin):
             return areas
 
     def setup(self, run: Run) -> Parts:
+        uses = [table["use"].rpartition(":")[2].lower() for table in run.plugins]
+        if uses.count("regions") > 1:
+            raise InputError("regions is in this run twice; give one all prompts and areas")
         cells = run.model.latent_shape(run.height, run.width)[1:]
         areas = [
             area_weights(area, cells, what=f"Regions: areas[{index}]")
@@ -133,6 +136,12 @@ class Parts:
         each = zip(*self.embeddings.values(), strict=True)
         return [self.run.model.condition(e, "positive", self.run) for e in each]
 
+    @cached_property
+    def views(self) -> tuple[bool, list[tuple[int, int, int, int]]]:
+        """Whether the regions cover the whole picture, and the box around each."""
+        rest, *parts = self.shares.cpu()  # once a run, not a wait for the device at each call
+        return not rest.any(), [around(part) for part in parts]
+
     @contextmanager
     def composed(self, ours: int, *, whole: bool) -> Iterator[None]:
         """Within, the network's answer is put together from those for each region's prompt.
@@ -142,7 +151,7 @@ class Parts:
             whole: whether the network sees the whole picture for each region.
         """
         model, predict = self.run.model, self.run.model.predict
-        rest, *parts = self.shares
+        (rest, *parts), (covered, boxes) = self.shares, self.views
 
         def composed(latents: Tensor, timestep: Any, told: Conditioning, **inputs: Any) -> Tensor:
             if inputs and not whole:
@@ -151,11 +160,11 @@ class Parts:
                     "of another plugin are for the whole; take by='whole' or by='attention'"
                 )
             answer = torch.zeros_like(latents)
-            if rest.any():
+            if not covered:
                 answer = rest.to(latents) * predict(latents, timestep, told, **inputs)
-            for part, own in zip(parts, self.told, strict=True):
+            for part, own, box in zip(parts, self.told, boxes, strict=True):
                 height, width = part.shape
-                top, bottom, left, right = (0, height, 0, width) if whole else around(part)
+                top, bottom, left, right = (0, height, 0, width) if whole else box
                 view = latents[:, :, top:bottom, left:right]
                 said = predict(view, timestep, replaced(told, own, ours), **inputs)
                 edges = (left, width - right, top, height - bottom)
