@@ -184,6 +184,22 @@ def test_a_prompt_that_is_too_long_warns_and_names_the_dropped_words(sampler):
         sampler(" ".join(["a"] * 79) + " red", steps=1, seed=0)
 
 
+@pytest.mark.parametrize("prompts", [("a (red) cat", ""), ("a cat", "(red:1.2)")])
+def test_a_bracket_that_nothing_reads_is_told_once_with_what_would_read_it(sampler, prompts):
+    with pytest.warns(UserWarning) as told:
+        sampler(prompts[0], negative_prompt=prompts[1], steps=2, seed=0)
+    (hint,) = told
+    assert "brackets in a prompt are text" in str(hint.message)
+    assert "--use weights:dialect=automatic1111" in str(hint.message)
+    sampler(
+        prompts[0],
+        negative_prompt=prompts[1],
+        plugins=["weights:dialect=automatic1111"],
+        steps=1,
+        seed=0,
+    )
+
+
 def test_added_words_that_are_dropped_are_named_as_they_were_written(sampler):
     with pytest.warns(UserWarning, match=r"Dropped: 'a <ink> <ink>_1 red'"):
         sampler(" ".join(["a"] * 76) + " <ink> red", plugins=[Word(vectors=2)], steps=1, seed=0)

@@ -18,6 +18,11 @@ from .step import Step, StepState
 Encode = Callable[[str], Embedding]
 Calls = tuple[Conditioning, ...]
 
+BRACKETS = (
+    "brackets in a prompt are text; where they are to weigh words, add the plugin weights "
+    "(pip install pilotfish-prompt): --use weights:dialect=automatic1111, or dialect=compel"
+)
+
 
 class Prompts:
     """Both prompts of a run, rewritten by the plugins, and encoded once.
@@ -35,6 +40,10 @@ class Prompts:
         if run.negative_prompt and run.cfg_scale is None:
             idle = "counts for nothing in this run: it has no classifier-free guidance"
             warnings.warn(f"the negative prompt {run.negative_prompt!r} {idle}", stacklevel=2)
+        texts = (text for of_encoders in self._texts.values() for text in of_encoders.values())
+        reads = any(table["use"] == "weights" for table in run.plugins)
+        if not reads and any("(" in text for text in texts):
+            warnings.warn(BRACKETS, stacklevel=2)
         words = collect_vocabulary(stack, run, run.model.text_encoders)
         self._encoders = [e.with_words(words[e.name]) for e in run.model.text_encoders]
         self._encoded: dict[tuple[str, Role, str], Embedding] = {}
