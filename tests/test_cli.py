@@ -523,7 +523,7 @@ def test_the_table_tells_types_defaults_and_ranges() -> None:
     rows = {row[0]: row[1:4] for row in listing.setting_rows(Demanding)}
     assert rows["text"] == ("str", "(required)", "at least 1")
     assert rows["weights"] == ("dict[str, float]", "{}", "")
-    assert rows["gradient"] == ("x0 | latents", "-", "")
+    assert rows["gradient"] == ("x0 | latents | none", "-", "")
     assert rows["every"] == ("int", "1", ">= 1")
 
 

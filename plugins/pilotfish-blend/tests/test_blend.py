@@ -260,6 +260,7 @@ def test_a_moment_at_which_no_prompt_has_a_weight_is_refused(latents_of):
 # ---- token-swap ----
 
 
+@pytest.mark.filterwarnings("ignore:brackets in a prompt")
 @pytest.mark.parametrize(
     ("prompt", "word", "by", "expected"),
     [
@@ -494,6 +495,7 @@ def test_a_plugin_named_by_its_module_reads_its_marks(latents_of, module):
                        latents_of("a blue cat"))  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:brackets in a prompt")  # which are told to weigh nothing
 @pytest.mark.parametrize(
     "text",
     [

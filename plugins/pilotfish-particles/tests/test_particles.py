@@ -110,7 +110,7 @@ def test_svdd_of_one_temperature_draws_by_the_rewards(sampler):
 # ---- a known posterior ----
 
 SIZE = {"height": 2, "width": 2}
-STEPS, STD, NOISE, AIM = 60, 0.7, 0.5, 1.0
+STEPS, STD, NOISE, AIM = 100, 0.7, 0.5, 1.0
 
 
 def misfit(step):
@@ -124,12 +124,11 @@ def posterior():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("potential", ["difference", "max", "sum"])
-def test_particles_reach_the_mean_and_the_variance_of_the_posterior(potential):
-    search = FeynmanKac(particles=64, strength=1.0, potential=potential, pick="weighted")
+def test_particles_reach_the_mean_and_the_variance_of_the_posterior():
+    search = FeynmanKac(particles=64, strength=1.0, pick="weighted")
     result = Sampler(GaussianModel(STD))(
         plugins=[pilotfish.guide(misfit, gradient="none"), search],
-        **{"steps": STEPS, "seed": 0, "num_images": 2048, "guidance_scale": 1.0, **SIZE},
+        **{"steps": STEPS, "seed": 0, "num_images": 256, "guidance_scale": 1.0, **SIZE},
         scheduler={"name": "ddpm", "timestep_spacing": "trailing"},
     )
     measured_one = result.latents[:, 0, 0, 0]

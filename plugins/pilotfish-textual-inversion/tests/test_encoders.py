@@ -219,7 +219,7 @@ def quick_samples(monkeypatch):
 
 def small(pipeline, folder):
     """The pipeline as one whose folder says that its pictures are small, and prompts short."""
-    length = "max_sequence_length = 120\n" if hasattr(pipeline, "transformer") else ""
+    length = "max_sequence_length = 160\n" if hasattr(pipeline, "transformer") else ""
     (folder / "pilotfish.toml").write_text(f"height = 32\nwidth = 32\nsteps = 2\n{length}")
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline

@@ -51,7 +51,7 @@ class Nag(Windowed):
         )
 
     def setup(self, run: Run) -> Embeddings:
-        if not any(site.kind != "self" for site in run.model.sites):
+        if not any(map(sees_text, run.model.sites)):
             raise ModelError(
                 "nag: this model's family names no attention to the text (sites), so there is "
                 "nothing to lead away; use guidance and the run's negative_prompt"
@@ -85,6 +85,11 @@ class Nag(Windowed):
         return mixed
 
 
+def sees_text(site: Any) -> bool:
+    """Whether image tokens attend to text there, and come out apart from it."""
+    return site.kind == "cross" or (site.kind == "joint" and site.image == slice(None))
+
+
 def told_the_prompt(step: Step) -> bool:
     """Whether the last images of the present call are told the run's prompt."""
     prompt = step.embeddings
@@ -115,7 +120,7 @@ def patched(
 
     with ExitStack() as undo:
         for site in model.sites:
-            if site.kind == "self":
+            if not sees_text(site):
                 continue
             undo.callback(site.module.to_out[0].register_forward_pre_hook(mixed).remove)
             if site.kind == "cross":
