@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -219,7 +220,8 @@ def quick_samples(monkeypatch):
 
 def small(pipeline, folder):
     """The pipeline as one whose folder says that its pictures are small, and prompts short."""
-    length = "max_sequence_length = 160\n" if hasattr(pipeline, "transformer") else ""
+    number = 160 if isinstance(pipeline, diffusers.QwenImagePipeline) else 120
+    length = f"max_sequence_length = {number}\n" if hasattr(pipeline, "transformer") else ""
     (folder / "pilotfish.toml").write_text(f"height = 32\nwidth = 32\nsteps = 2\n{length}")
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
@@ -301,8 +303,6 @@ def reference_error(family, pipeline, batch):
         values, _, pooled, _ = pipeline.encode_prompt(
             texts, do_classifier_free_guidance=False, **options
         )
-        import diffusers
-
         scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
         latents = scheduler.add_noise(batch.x0, batch.noise, batch.timesteps)
         ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]]).expand(len(texts), -1)

@@ -84,6 +84,10 @@ class Reader:
             self.plan.readers[encoder.name] = reader
         return reader
 
+    def on(self, device: Any) -> Reader:
+        """The same, where its network is to be for a run's prompts."""
+        return replace(self, encoder=self.encoder.on(device))
+
     def tokenize(self, text: str, length: int | None = None) -> Reading:
         """A text's tokens, with the weights of its parts, in chunks.
 
