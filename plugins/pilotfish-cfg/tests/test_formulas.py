@@ -138,7 +138,9 @@ def test_apg_is_the_papers_with_momentum_over_the_steps(space, kind, eta):
             lengths.append(np.linalg.norm(running[number]))
             d = running[number] * min(1.0, 9.0 / lengths[-1])
             parallel = (d @ c) / (c @ c) * c
-            np.testing.assert_allclose(image, u + SCALE * (d - parallel + eta * parallel), **EXACT)
+            np.testing.assert_allclose(
+                image, c + (SCALE - 1) * (d - parallel + eta * parallel), **EXACT
+            )
     assert max(lengths) > 9
 
 
@@ -240,7 +242,10 @@ def theirs(guider, index):
         (
             Apg(eta=0.3, threshold=20.0, momentum=0.0, space="output"),
             guiders.AdaptiveProjectedGuidance(
-                SCALE, adaptive_projected_guidance_rescale=20.0, eta=0.3
+                SCALE - 1,
+                adaptive_projected_guidance_rescale=20.0,
+                eta=0.3,
+                use_original_formulation=True,
             ),
         ),
     ],
@@ -370,7 +375,7 @@ def test_each_takes_up_what_the_plugins_before_it_made(name):
     less = uncond + 3 * (cond - uncond)
     came = plugin.combine_predictions(less, cond, uncond, step, {})
     assert not torch.allclose(came, combined(plugin, step, {}))
-    if name in ("apg", "mambo", "cfg-norm"):  # those that keep c and u themselves as they are
+    if name in ("mambo", "cfg-norm"):  # those that know of no scale
         step.run.cfg_scale = 3
         alone = plugin.combine_predictions(less, cond, uncond, step, {})
         torch.testing.assert_close(came, alone, **EXACT)

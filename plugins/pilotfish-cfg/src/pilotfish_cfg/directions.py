@@ -44,8 +44,8 @@ class Apg(Spaced):
 
     Sadat et al. 2024, "Eliminating Oversaturation and Artifacts of High Guidance Scales in
     Diffusion Models", arXiv 2410.02416: d = c - u gets momentum, is shortened to a threshold, and
-    its part parallel to c counts `eta` times; the prediction is u + w d. The paper adds
-    (w - 1) d to c, which is the same at eta 1; we do as diffusers does.
+    its part parallel to c counts `eta` times; the prediction is c + (w - 1) d. diffusers adds w d
+    to u unless told `use_original_formulation`: what is cut short then ends near u.
     """
 
     class Settings(Spaced.Settings):
@@ -76,7 +76,7 @@ class Apg(Spaced):
         if settings.threshold:
             direction = direction * (settings.threshold / norm(direction)).clamp(max=1)
         parallel = projected(direction, both.cond)
-        return both.along(direction + (settings.eta - 1) * parallel)
+        return both.beyond_cond(direction + (settings.eta - 1) * parallel)
 
 
 class Mambo(Spaced):

@@ -53,9 +53,9 @@ class Predictions:
         """What is added `scale` times: `cond - uncond` at first."""
         return (self.guided - self.uncond) / self.scale
 
-    def along(self, direction: Tensor) -> Tensor:
-        """The guided prediction with another direction."""
-        return self.uncond + self.scale * direction
+    def beyond_cond(self, direction: Tensor) -> Tensor:
+        """The guided prediction with another direction in what goes beyond cond; cond stays."""
+        return self.guided + (self.scale - 1) * (direction - self.direction)
 
     def instead_of_uncond(self, uncond: Tensor) -> Tensor:
         """The guided prediction with another one in uncond's place; cond stays."""
