@@ -138,10 +138,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def measured(name: str, images: Tensor, **more: Any) -> float:
-        distance, right = (
-            frechet_distance(judge.features(images), known),
-            rates(judge, images, wishes),
-        )
+        distance = frechet_distance(judge.features(images), known)
+        right = rates(judge, images, wishes)
         row = {"name": name, **more, "object": right["object"], "background": right["background"]}
         rows.append(row | {"distance": round(distance, 1)})
         print(json.dumps(rows[-1]), flush=True)
@@ -161,7 +159,7 @@ def main() -> None:
         distance = measured(name, images, scale=scale, calls=calls)
         if name not in best or distance < best[name][0]:
             best[name] = distance, images
-    draw({name: images for name, (_, images) in best.items()}, place.with_suffix(".png"))
+        draw({name: images for name, (_, images) in best.items()}, place.with_suffix(".png"))
 
 
 if __name__ == "__main__":
