@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor
 
@@ -15,6 +15,10 @@ from pilotfish import InputError, ModelError, Plugin, Setting
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
+
+
+# The command line gives text.
+NumberOrName = Annotated[int | str, Setting(union_mode="left_to_right")]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Perturbed(Plugin):
         scale: float = Setting(3.0, description="strength; 0 is off, below 0 leads to the weaker")
         start: float = Setting(0.0, ge=0, le=1, description="first moment, a fraction of the run")
         stop: float = Setting(1.0, ge=0, le=1, description="last moment, a fraction of the run")
-        layers: list[int | str] | None = Setting(
+        layers: list[NumberOrName] | None = Setting(
             None,
             min_length=1,
             description="which blocks are weakened: numbers from 0, or how their names begin; "
