@@ -76,7 +76,7 @@ def theirs(encoder, prompt, **options):
         return provider.build_conditioning_tensor(prompt)
 
 
-@pytest.mark.parametrize("family", ["stable-diffusion", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["stable-diffusion", "sdxl", "sd3", "flux"])
 @pytest.mark.parametrize(
     "prompt",
     ["a red+ cat", "a (red cat)1.5 on white", "a red- cat", "(a red)0.4 cat++, white--", "red0- a"],
