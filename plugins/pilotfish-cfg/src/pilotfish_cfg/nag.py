@@ -87,7 +87,8 @@ class Nag(Windowed):
 
 def sees_text(site: Any) -> bool:
     """Whether image tokens attend to text there, and come out apart from it."""
-    return site.kind == "cross" or (site.kind == "joint" and site.image == slice(None))
+    apart = site.kind == "joint" and site.image == slice(None)
+    return bool(site.kind == "cross" or apart)
 
 
 def told_the_prompt(step: Step) -> bool:
