@@ -63,7 +63,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["index", "plugins"])
+@pytest.mark.parametrize("page", ["start", "plugins"])
 def test_every_command_answers_as_its_page_says(workplace, monkeypatch, page):
     assert answers(page)
     for command, answer in answers(page):
@@ -81,7 +81,7 @@ def test_every_python_block_of_the_plugins_page_runs(workplace, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_loss")
 
 
-@pytest.mark.parametrize("page", ["index", "questions", "views"])
+@pytest.mark.parametrize("page", ["index", "start", "questions", "views"])
 def test_every_python_block_of_a_page_runs_after_those_above_it(workplace, monkeypatch, page):
     monkeypatch.setattr(pilotfish, "load", random_sampler)  # the pages' own model takes a minute
     names = {}

@@ -221,6 +221,19 @@ def test_a_replay_from_the_run_file_is_bit_identical(family):
     assert torch.equal(first.latents, again.latents)
 
 
+def test_a_flow_with_noise_at_each_step_is_replayed_to_the_bit_and_differs_from_one_without():
+    sampler = random_sampler(family="sd3")
+    run = {**SIZE, **ROWS["sd3"].options, "steps": 3, "seed": 5}
+    noisy = {"name": "flowmatch-euler", "stochastic_sampling": True}
+    first = sampler(PROMPT, scheduler=noisy, num_images=2, **run)
+    content = pilotfish.Run.parse(first.run.to_toml())
+    again = sampler(**{key: content[key] for key in content.keys() - {"model", "dtype"}})
+    assert torch.equal(first.latents, again.latents)
+    alone = sampler(PROMPT, scheduler=noisy, **run).latents
+    torch.testing.assert_close(alone, first.latents[:1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(alone, sampler(PROMPT, **run).latents, atol=0.1)
+
+
 @every_family
 def test_a_word_that_a_plugin_adds_reaches_every_text_encoder(family):
     sampler = random_sampler(family=family)

@@ -282,7 +282,11 @@ def _alpha_sigma(scheduler: Any, index: int) -> tuple[float, float]:
         sigma = _stage_sigma(scheduler, index)
         return (1 - sigma if _is_flow(scheduler) else 1.0), sigma
     if hasattr(scheduler, "alphas_cumprod"):  # DDIM, DDPM, PNDM, LCM, TCD
-        abar = float(scheduler.alphas_cumprod[int(scheduler.timesteps[index])])
+        at = int(scheduler.timesteps[index])
+        if hasattr(scheduler, "initial_alpha_cumprod"):  # DDIMInverse tells where its steps lead
+            at -= len(scheduler.alphas_cumprod) // scheduler.num_inference_steps
+        known = scheduler.alphas_cumprod[at] if at >= 0 else scheduler.initial_alpha_cumprod
+        abar = float(known)
         return abar**0.5, (1 - abar) ** 0.5
     raise ModelError(
         f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod; "
