@@ -1,13 +1,14 @@
 """How near does each preset come to a posterior that is known exactly?
 
-    python benchmarks/closed_form.py            # 100 seconds on one core
+    python benchmarks/closed_form.py            # three minutes on one core
     python benchmarks/closed_form.py --quick    # seconds: fewer scales, steps and pictures
 
 Data are N(0, 1) in every value, the network is exact (`pilotfish.testing.GaussianModel`), and each
 value of the red channel was measured as y = 1 with noise of standard deviation 0.5, so the
 posterior is N(0.8, 0.2). The guide's loss is `-log p(y | x0)`. Every preset runs through the
-real sampler over scales and numbers of steps, and the mean and variance of its samples are compared
-with the posterior's. Prints the table of `docs/guidance.md` and draws `docs/closed-form.png`.
+real sampler over scales and numbers of steps, on a schedule that is variance preserving and on a
+flow, and the mean and variance of its samples are compared with the posterior's. Prints the table
+of `docs/guidance.md` and draws `docs/closed-form.png` and `docs/closed-form-flow.png`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pilotfish.testing import GaussianModel
 
 HERE = Path(__file__).parent
 STD, NOISE, NEAR, FAR = 1.0, 0.5, 1.0, 3.0  # of the data, of the measurement; two measured values
-STEPS, USUAL = (10, 50, 200), 50
+STEPS, USUAL, FINE = (10, 50), 50, 200  # in a sweep; at the best scale only
 SIDE, IMAGES = 2, 200  # four measured values a picture, 800 in all
 DIVERGED = 10.0  # times the measured value
 
@@ -38,6 +39,7 @@ class Row:
     """A preset on a scheduler.
 
     Attributes:
+        scheduler: of `SCHEDULERS`.
         lowest: its weakest scale is `10 ** (lowest / 3)`, and each next 10 ** (1 / 3) times that.
         count: of scales.
         uncertain: whether the guide knows how uncertain x0 is: the exact likelihood of the latents.
@@ -56,8 +58,17 @@ class Row:
         return [10 ** ((self.lowest + i) / 3) for i in range(self.count)]
 
 
-ROWS = (
+SCHEDULERS = {
+    "ddim": {"name": "ddim", "timestep_spacing": "trailing"},
+    "ddpm": {"name": "ddpm", "timestep_spacing": "trailing"},
+    "flow": {"name": "flowmatch-euler"},
+    "flow, noisy": {"name": "flowmatch-euler", "stochastic_sampling": True},
+}
+PRESERVING = (
     Row("exact likelihood", "clip-guided", 0, count=1, uncertain=True),
+    Row("mmps", "mmps", -6),
+    Row("pgdm", "pgdm", -6),
+    Row("diffpir", "diffpir", -6),
     Row("clip-guided", "clip-guided", -6),
     Row("clip-guided", "clip-guided", -6, "ddpm"),
     Row("clip-guided, recurrence 4", {"base": "clip-guided", "recurrence": 4}, -4, count=5),
@@ -65,12 +76,16 @@ ROWS = (
     Row("ugd", "ugd", -7),
     Row("deep-dive", "deep-dive", -12),
     Row("tfg", "tfg", -11),
+    Row("flowchef", "flowchef", -11),
+    Row("flowdps", "flowdps", -6),
     Row("dps", "dps", -8, "ddpm"),
     Row("freedom", "freedom", -4),
     Row("mpgd", "mpgd", -4),
     Row("balanced", "balanced", -3),
     Row("dsg", "dsg", -4, "ddpm"),
 )
+FLOWS = {"ddim": "flow", "ddpm": "flow, noisy"}
+ROWS = PRESERVING + tuple(replace(row, scheduler=FLOWS[row.scheduler]) for row in PRESERVING)
 
 
 class Measured(Guide):
@@ -91,7 +106,7 @@ class Start(Plugin):
     """Noise of mean 0 and variance 1 in every channel, exactly: a smaller error of the samples."""
 
     def start_latents(self, run: Any) -> tuple[Tensor, int]:
-        """For latents that are variance preserving."""
+        """For latents that are pure noise, or nearly so."""
         shape = (run.num_images, *run.model.latent_shape(run.height, run.width))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(12345)).double()
         over = {"dim": (0, 2, 3), "keepdim": True}
@@ -112,7 +127,7 @@ def measure(row: Row, scale: float, steps: int, images: int, y: float = NEAR) ->
         result = Sampler(GaussianModel(STD))(
             plugins=[Start(), guide],
             preset=row.preset,
-            scheduler={"name": row.scheduler, "timestep_spacing": "trailing"},
+            scheduler=SCHEDULERS[row.scheduler],
             steps=steps,
             guidance_scale=1,
             seed=0,
@@ -139,10 +154,10 @@ def distance(point: dict[str, Any]) -> float:
 
 def sweep(row: Row, quick: bool) -> dict[str, Any]:
     """A row over scales and steps; at scale 1; and at its best scale with another measurement."""
-    images, scales, usual = IMAGES, row.scales, USUAL
+    images, scales, usual, fine = IMAGES, row.scales, USUAL, FINE
     steps: Sequence[int] = STEPS
     if quick:
-        images, scales, steps, usual = 20, row.scales[::8], (3, 6), 6
+        images, scales, steps, usual, fine = 20, row.scales[::8], (3, 6), 6, 9
     points = [measure(row, scale, n, images) for n in steps for scale in scales]
     best = min((p for p in points if p["steps"] == usual), key=distance)
     return {
@@ -152,7 +167,7 @@ def sweep(row: Row, quick: bool) -> dict[str, Any]:
         "at_one": measure(row, 1.0, usual, images),
         "best": best,
         "far": measure(row, best["scale"], usual, images, y=FAR),
-        "steps": [measure(row, best["scale"], n, images) for n in steps if n != usual],
+        "steps": [measure(row, best["scale"], n, images) for n in (*steps, fine) if n != usual],
     }
 
 
@@ -178,16 +193,17 @@ def cell(point: dict[str, Any]) -> str:
     return f"{point['mean']:.2f} / {point['variance']:.2f}"
 
 
-def plot(result: dict[str, Any], target: Path) -> None:
-    """A panel for each preset: how far from prior to posterior, over scale."""
+def plot(result: dict[str, Any], target: Path, *, flow: bool) -> None:
+    """A panel for each preset, on one kind of schedule: how far from prior to posterior."""
     from matplotlib.figure import Figure
 
     exact = result["posterior"]
     rows = [row for row in result["rows"] if row["name"] in PRESETS]
+    rows = [row for row in rows if row["scheduler"].startswith("flow") == flow]
     rows = list({row["name"]: row for row in reversed(rows)}.values())[::-1]  # each once
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    for axis, row in zip(figure.subplots(2, 5, sharey=True).flat, rows, strict=True):
-        for strength, steps in zip((0.3, 0.6, 1.0), STEPS, strict=False):
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    for axis, row in zip(figure.subplots(3, 5, sharey=True).flat, rows, strict=True):
+        for strength, steps in zip((0.4, 1.0), STEPS, strict=True):
             points = [p for p in row["points"] if p["steps"] == steps and p["mean"] is not None]
             scales = [p["scale"] for p in points]
             label = f"{steps} steps"
@@ -203,7 +219,7 @@ def plot(result: dict[str, Any], target: Path) -> None:
     figure.supxlabel("scale")
     figure.supylabel("from the prior (0) to the posterior (1)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=90)
 
@@ -225,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.out.write_text(json.dumps(result) + "\n")
     print(table(result))
     if not args.quick:
-        plot(result, args.docs / "closed-form.png")
+        plot(result, args.docs / "closed-form.png", flow=False)
+        plot(result, args.docs / "closed-form-flow.png", flow=True)
 
 
 if __name__ == "__main__":

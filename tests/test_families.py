@@ -163,10 +163,7 @@ def test_a_colour_loss_falls_and_checkpointing_changes_nothing(family, gradient)
 @every_family
 def test_both_networks_have_layers_that_checkpointing_computes_again(family):
     model = random_sampler(family=family).model
-    checkpointed = [model.denoiser, model.vae.decoder]
-    if family == "qwen-image":  # its VAE keeps frames between calls
-        checkpointed.pop()
-    for network in checkpointed:
+    for network in (model.denoiser, model.vae.decoder):
         assert len(parts(network)) >= 2
 
 
@@ -272,11 +269,63 @@ def test_plugins_that_mix_prompts_and_words_change_the_picture_and_no_other(fami
 
 
 @pytest.mark.parametrize("family", ["z-image", "qwen-image"])
-def test_where_no_prompt_is_padded_blend_says_that_lengths_differ(family):
+def test_where_no_prompt_is_padded_blend_mixes_the_shorter_one_with_zeros_behind_it(family):
     sampler = random_sampler(family=family)
-    blend = {"use": "blend", "prompts": {"a cat": 1, "a skunk": 1}}
-    with pytest.raises(InputError, match="give prompts of equal length"):
-        sampler("", plugins=[blend], steps=1, **SIZE, **ROWS[family].options)
+    run = {**SIZE, **ROWS[family].options, "steps": 1, "seed": 3}
+
+    def told(prompt, *plugins):
+        (step,) = sampler.stream(prompt, plugins=plugins, **run)
+        return step.embeddings
+
+    def blend(**prompts):
+        return told("a cow", {"use": "blend", "prompts": {f"a {p}": w for p, w in prompts.items()}})
+
+    short, long = told("a cat"), told("a skunk")
+    assert short.shape[1] < long.shape[1]
+    filled = torch.cat([short, torch.zeros_like(long[:, short.shape[1] :])], dim=1)
+    torch.testing.assert_close(blend(cat=1, skunk=3), 0.25 * filled + 0.75 * long)
+    assert torch.equal(blend(cat=1, skunk=0), short)
+    assert torch.equal(blend(cat=0, skunk=1), long)
+    travel = {"use": "blend", "prompts": {"a cat": 1, "a skunk": 1}, "schedule": "travel"}
+    options = {**run, **ROWS[family].guided, "steps": 3}
+    latents = sampler("a cow", plugins=[travel], **options).latents
+    assert not torch.equal(latents, sampler("a cow", **options).latents)
+
+
+@every_family
+def test_a_swapped_word_is_the_prompt_with_the_other_word_to_the_bit(family):
+    sampler = random_sampler(family=family)
+    run = {**SIZE, **ROWS[family].options, "steps": 2, "seed": 3}
+    swap = {"use": "token-swap", "word": "puppy", "by": "cat"}
+    found = sampler("a puppy on a background", plugins=[swap], **run).latents
+    assert torch.equal(found, sampler("a cat on a background", **run).latents)
+    mix = {"use": "token-blend", "word": "cat", "mix": {"cow": 0.5}}
+    if family in ("z-image", "qwen-image", "flux2-klein"):  # of bytes: as many tokens
+        mixed = sampler("a cat on a background", plugins=[mix], **run).latents
+        assert not torch.equal(mixed, found)
+
+
+def test_a_swapped_word_brings_its_space_along_where_words_begin_with_one():
+    """As in a Qwen's tokenizer, where " cat" and "cat" are two tokens."""
+    pipeline = random_pipeline(family="flux2-klein")
+    old = pipeline.tokenizer
+    vocabulary = {token: number for token, number in old.get_vocab().items() if number < 256}
+    merges = [("c", "a"), ("ca", "t"), ("Ġ", "cat"), ("Ġ", "o"), ("Ġo", "n")]
+    for pair in merges:
+        vocabulary["".join(pair)] = len(vocabulary)
+    tokenizer = type(old)(vocab=vocabulary, merges=merges, model_max_length=2048)
+    specials = ["<|im_start|>", "<|im_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": specials})
+    tokenizer.chat_template = old.chat_template
+    pipeline.tokenizer = tokenizer
+    pipeline.text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    sampler = Sampler.from_pipeline(pipeline)
+    (encoder,) = sampler.model.text_encoders
+    assert tokenizer.convert_ids_to_tokens(encoder.ids("cat")) == ["Ġcat"]
+    run = {**SIZE, **ROWS["flux2-klein"].options, "steps": 1, "seed": 3}
+    swap = {"use": "token-swap", "word": "puppy", "by": "cat"}
+    found = sampler("a puppy on", plugins=[swap], **run).latents
+    assert torch.equal(found, sampler("a cat on", **run).latents)
 
 
 def test_a_prompt_for_each_encoder_is_diffusers_prompt_2():
@@ -391,6 +440,24 @@ def test_a_half_precision_vae_that_asks_for_float32_gets_it_as_in_diffusers():
     assert pipeline.vae.dtype == torch.float16
 
 
+def test_it_is_made_once_and_again_where_the_pipelines_was_changed():
+    pipeline = random_pipeline(family="sdxl", dtype=torch.float16)
+    model = Sampler.from_pipeline(pipeline).model
+
+    def weight():
+        return model.differentiable("off").vae.decoder.conv_in.weight
+
+    first = weight()
+    assert weight() is first
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_in.weight.mul_(2)
+    assert torch.equal(weight(), 2 * first)
+    pipeline.vae.enable_tiling()
+    assert model.differentiable("off").vae.use_tiling
+    pipeline.vae = random_pipeline(family="sdxl", dtype=torch.float16, seed=1).vae
+    assert torch.equal(weight(), pipeline.vae.decoder.conv_in.weight.float())
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_a_saved_pipeline_loads_by_its_class(family, tmp_path):
     random_pipeline(family=family).save_pretrained(tmp_path)
@@ -444,3 +511,82 @@ def test_img2img_equals_the_familys_own_image_to_image_pipeline_to_the_bit(famil
     use = {"use": "img2img", "image": str(tmp_path / "picture.png"), "strength": 0.5}
     found = ours(family, plugins=[use], steps=4, dtype=dtype, **options)
     assert torch.equal(found, expected)
+
+
+@every_family
+def test_the_linear_decoder_is_the_least_squares_fit_of_the_familys_own_vae(family):
+    model = random_sampler(family=family).model
+    factor = model.factor
+    generator = torch.Generator().manual_seed(0)
+    colors = torch.rand(24, 3, 4, 4, generator=generator)
+    size = (16 * factor, 16 * factor)
+    pictures = torch.nn.functional.interpolate(colors, size=size, mode="bilinear")
+    with torch.no_grad():
+        latents = model.encode(pictures).double().numpy()
+    cells = pictures.double().numpy().reshape(24, 3, 16, factor, 16, factor).mean(axis=(3, 5))
+    rows = np.concatenate([latents, np.ones_like(latents[:, :1])], axis=1)
+    rows, wanted = (np.moveaxis(a, 1, -1).reshape(-1, a.shape[1]) for a in (rows, cells))
+    # A thousandth of a row's weight keeps what the VAE does not use near zero.
+    ridge = np.sqrt(1e-3 * len(rows)) * np.eye(rows.shape[1])[:-1]
+    fit, *_ = np.linalg.lstsq(
+        np.concatenate([rows, ridge]), np.concatenate([wanted, np.zeros((len(ridge), 3))])
+    )
+    asked = torch.randn(2, *model.latent_shape(32, 32), generator=generator)
+    expected = np.einsum("bchw,cr->brhw", asked.numpy(), fit[:-1]) + fit[-1].reshape(3, 1, 1)
+    found = model.rgb(asked)
+    torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_a_tiny_decoder_fits_by_channels_and_factor_whatever_the_family(family, tmp_path):
+    model = random_sampler(family=family).model
+    channels, blocks = model.latent_shape(32, 32)[0], model.factor.bit_length()
+    shape = {
+        "latent_channels": channels,
+        "encoder_block_out_channels": (8,) * blocks,
+        "decoder_block_out_channels": (8,) * blocks,
+        "num_encoder_blocks": (1,) * blocks,
+        "num_decoder_blocks": (1,) * blocks,
+    }
+    tiny = diffusers.AutoencoderTiny(**shape)
+    tiny.save_pretrained(tmp_path / "tiny")
+    latents = torch.randn(
+        1, *model.latent_shape(32, 32), generator=torch.Generator().manual_seed(0)
+    )
+    latents.requires_grad_()
+    image = model.decoder(f"tiny:{tmp_path}/tiny")(latents)
+    with torch.no_grad():
+        expected = tiny.decode(latents).sample / 2 + 0.5
+    torch.testing.assert_close(image, expected)
+    assert image.shape == (1, 3, 32, 32)
+    (gradient,) = torch.autograd.grad(image.sum(), latents)
+    assert gradient.abs().sum() > 0
+    diffusers.AutoencoderTiny(**{**shape, "latent_channels": channels + 1}).save_pretrained(
+        tmp_path / "other"
+    )
+    message = f"latents of {channels + 1} channels and enlarges {model.factor} times; this model's"
+    with pytest.raises(ModelError, match=f"{message} have {channels}, enlarged {model.factor}"):
+        model.decoder(f"tiny:{tmp_path}/other")
+
+
+@torch.no_grad()
+def test_flowmatch_lcm_draws_from_the_runs_generator_as_diffusers_scheduler_does():
+    """By hand: the pipelines give that scheduler no generator."""
+    pipeline = random_pipeline(family="sd3")
+    values, _, pooled, _ = pipeline.encode_prompt(
+        PROMPT, None, None, do_classifier_free_guidance=False, max_sequence_length=12
+    )
+    scheduler = diffusers.FlowMatchLCMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(4)
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(1, 16, 16, 16, generator=generator)
+    for timestep in scheduler.timesteps:
+        velocity = pipeline.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(1),
+            encoder_hidden_states=values,
+            pooled_projections=pooled,
+        ).sample
+        latents = scheduler.step(velocity, timestep, latents, generator=generator).prev_sample
+    run = {"guidance_scale": 1.0, "scheduler": "flowmatch-lcm", "steps": 4}
+    assert torch.equal(ours("sd3", **run), latents)

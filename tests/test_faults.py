@@ -5,8 +5,17 @@ import pytest
 import torch
 
 import pilotfish
-from pilotfish import Guide, InputError, NonFiniteError, Plugin, PluginError, Sampler, SettingsError
-from pilotfish.testing import random_pipeline
+from pilotfish import (
+    Guide,
+    InputError,
+    NonFiniteError,
+    Plugin,
+    PluginError,
+    Sampler,
+    SettingsError,
+    guide,
+)
+from pilotfish.testing import random_pipeline, random_sampler
 
 
 class Red(Guide):
@@ -236,7 +245,7 @@ def test_an_object_without_hooks_and_a_class_are_refused(sampler):
         ({"scael": 2}, "no setting 'scael'. Did you mean 'scale'"),
         ({"every": 0}, "every must be greater than or equal to 1; got 0"),
         ({"scale": float("nan")}, "scale must be a finite number; got nan"),
-        ({"gradient": "image"}, "gradient must be 'x0' or 'latents'; got 'image'"),
+        ({"gradient": "image"}, "gradient must be 'x0', 'latents' or 'none'; got 'image'"),
     ],
 )
 def test_wrong_settings_say_what_was_expected_and_what_came(settings, message):
@@ -315,3 +324,73 @@ def test_a_unet_that_takes_more_than_latents_and_a_prompt_is_refused(other):
     pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, **other)
     with pytest.raises(pilotfish.ModelError, match="more than latents and a prompt"):
         Sampler.from_pipeline(pipeline)
+
+
+@pytest.mark.parametrize("power", [-38, -30, -20, 20, 26, 38])
+@pytest.mark.parametrize("rule", ["balanced", "dsg"])
+def test_a_loss_of_any_size_gives_the_same_picture_where_the_rule_is_scale_free(power, rule):
+    def latents(factor):
+        def loss(step):
+            return step.image.mean(dim=(1, 2, 3)) * factor
+
+        options = {"steps": 3, "seed": 3, "guidance_scale": 4, "scheduler": "euler-ancestral"}
+        result = random_sampler()("a cat", plugins=[guide(loss)], preset=rule, **options)
+        assert all(share == (1.0,) for share in (r.share for r in result.trace))
+        return result.latents
+
+    torch.testing.assert_close(latents(10.0**power), latents(1.0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_guide_changes_in_place_no_other_guide_sees():
+    def plain(step):
+        return step.image.mean(dim=(1, 2, 3))
+
+    def clamping(step):
+        image = step.image
+        with torch.no_grad():
+            image.clamp_(0.4, 0.6)
+            step.x0.zero_()
+        return image.mean(dim=(1, 2, 3))
+
+    def blue(step):
+        return (step.image[:, 2] - 0.9).abs().mean(dim=(1, 2)) + 0 * step.x0.mean(dim=(1, 2, 3))
+
+    def losses(first):
+        plugins = [guide(first, name="first", scale=1e-9), guide(blue, name="blue")]
+        return random_sampler()("a cat", plugins=plugins, steps=3, seed=3).trace.losses("blue")
+
+    assert losses(clamping) == pytest.approx(losses(plain), rel=1e-5)
+
+
+class Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image):
+        return image.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ZeroDivisionError("no gradient here")
+
+
+def backward_by_itself(step):
+    loss = step.image.square().mean(dim=(1, 2, 3))
+    loss.sum().backward()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [
+        (lambda step: Breaks.apply(step.image).mean(dim=(1, 2, 3)), "no gradient here"),
+        (backward_by_itself, "backward through the graph a second time"),
+    ],
+    ids=["an operation that raises", "backward() called in the loss"],
+)
+def test_what_a_backward_pass_raises_names_the_guide_and_obeys_on_error(loss, cause):
+    sampler, options = random_sampler(), {"steps": 2, "seed": 3}
+    broken = guide(loss, name="broken")
+    with pytest.raises(PluginError, match="'broken'.*gradient cannot be taken") as error:
+        sampler("a cat", plugins=[broken], **options)
+    assert cause in str(error.value)
+    skipped = sampler("a cat", plugins=[broken], on_error="skip", **options)
+    assert torch.equal(skipped.latents, sampler("a cat", **options).latents)

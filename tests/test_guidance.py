@@ -224,11 +224,51 @@ def test_tiny_gradients_survive_a_half_precision_trunk(dtype):
 def test_the_prompts_pull_does_not_jump_where_guidance_is_switched_off():
     cond = torch.randn(2, 4, 8, 8, generator=generator())
     uncond = cond + 0.03 * torch.randn(2, 4, 8, 8, generator=generator(1))
-    off = prompt_pull(LEVEL, cond, None, 1.0)
-    on = prompt_pull(LEVEL, cond, uncond, 1.001)
-    empty = prompt_pull(LEVEL, cond, cond, 7.5)
+    latents = torch.randn(2, 4, 8, 8, generator=generator(2))
+    off = prompt_pull(LEVEL, latents, cond, None, 1.0)
+    on = prompt_pull(LEVEL, latents, cond, uncond, 1.001)
+    empty = prompt_pull(LEVEL, latents, cond, cond, 7.5)
     torch.testing.assert_close(on, off)
     torch.testing.assert_close(empty, off)
+
+
+COORDINATES = {
+    "variance preserving": (lambda ratio: (1 + ratio**2) ** -0.5, "epsilon"),
+    "predicting v": (lambda ratio: (1 + ratio**2) ** -0.5, "v_prediction"),
+    "sigma-space": (lambda ratio: 1.0, "epsilon"),
+    "flow": (lambda ratio: 1 / (1 + ratio), "flow"),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 14.6])
+@pytest.mark.parametrize("uncond", [False, True], ids=["alone", "prompted"])
+def test_the_pull_is_the_same_in_all_coordinates_and_whatever_is_predicted(ratio, uncond):
+    """One x0 and one noise, at one ratio of sigma to alpha, as four kinds of network tell them."""
+    shape = (2, 4, 8, 8)
+    x0, eps, other = (torch.randn(shape, generator=generator(i)).double() for i in range(3))
+    found = []
+    for alpha_of, kind in COORDINATES.values():
+        alpha = alpha_of(ratio)
+        level = NoiseLevel.of(alpha, ratio * alpha, kind)
+        latents = level.alpha * x0 + level.sigma * eps
+        cond, told = (level.output(latents, clean) for clean in (x0, x0 + 0.3 * other))
+        found.append(prompt_pull(level, latents, cond, told if uncond else None, 4.0).flatten())
+    for pull in found:
+        torch.testing.assert_close(pull, found[0])
+    if not uncond:  # for a network that predicts noise, that is a tenth of the prediction
+        size = eps.square().mean(dim=(1, 2, 3)).sqrt()
+        torch.testing.assert_close(found[0], 0.1 * ratio * size)
+
+
+def test_the_pull_stays_finite_towards_pure_noise_and_does_not_jump_there():
+    noise = torch.randn(2, 4, 8, 8, generator=generator()).double()
+
+    def pull(alpha):
+        level = NoiseLevel.of(alpha, 1 - alpha, "flow")
+        return prompt_pull(level, level.sigma * noise, noise, None, 1.0)
+
+    assert pull(0.0).isfinite().all()
+    torch.testing.assert_close(pull(1e-6), pull(0.0), rtol=1e-5, atol=0)
 
 
 def test_the_prompts_pull_is_how_far_guidance_moves_x0():
@@ -237,7 +277,7 @@ def test_the_prompts_pull_is_how_far_guidance_moves_x0():
     cond = torch.randn(1, 4, 8, 8, generator=generator(1))
     guided = LEVEL.x0(latents, uncond + 4 * (cond - uncond)) - LEVEL.x0(latents, uncond)
     expected = guided.square().mean().sqrt()
-    place = Place(LEVEL, CLEAN, prompt_pull(LEVEL, cond, uncond, 4.0))
+    place = Place(LEVEL, CLEAN, prompt_pull(LEVEL, latents, cond, uncond, 4.0))
     torch.testing.assert_close(place.pull_in("x0").squeeze(), expected)
 
 

@@ -5,12 +5,13 @@ import itertools
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pilotfish import PRESETS, Guide, InputError, Plugin, Preset, Sampler, draw
 from pilotfish.guidance.presets import find_preset
 from pilotfish.models.protocol import Conditioning
 from pilotfish.sampling.generators import seeded
-from pilotfish.sampling.guides import RECURRENCE, SAMPLES
+from pilotfish.sampling.guides import RECURRENCE, RENEWAL, SAMPLES
 from pilotfish.sampling.schedule import noise_level
 from pilotfish.testing import GaussianModel
 
@@ -20,19 +21,57 @@ INDEX, STEPS, W, SCALE = 4, 10, 3.0, 0.7  # the step that is guided, inside ever
 class Smooth(GaussianModel):
     """A network that is not linear in the latents, and another one for the negative prompt."""
 
+    bend = 0.1
+
     def condition(self, embeddings, role, run):
         self.asked = not getattr(self, "asked", False)  # the prompt, then the negative prompt
         return Conditioning({"values": torch.full((1, 1, 1), float(self.asked)).double()})
 
     def predict(self, latents, timestep, conditioning):
-        eps = super().predict(latents, timestep, conditioning)
+        output = super().predict(latents, timestep, conditioning)
+        index = int((self.scheduler.timesteps == timestep).nonzero()[0])
+        level = noise_level(self.scheduler, index)
+        flow = level.prediction_type == "flow"
+        scaled = latents / level.norm if flow else latents  # as scale_model_input does
         role = conditioning["values"].view(-1, 1, 1, 1)
-        return eps + 0.1 * torch.sin(2 * latents + role) + 0.05 * role * latents.flip(1)
+        # Of the noise that it sees.
+        further = self.bend * (torch.sin(2 * scaled + role) + 0.5 * role * scaled.flip(1))
+        return output + (further / level.alpha if flow else further)
+
+    def set_timesteps(self, scheduler, steps, shape):
+        """A flow has the noise of DDIM's steps, as its own coordinates tell it."""
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return super().set_timesteps(scheduler, steps, shape)
+        other = GaussianModel().new_scheduler("ddim")
+        other.set_timesteps(steps)
+        levels = [noise_level(other, i) for i in range(steps)]
+        scheduler.set_timesteps(sigmas=[v.sigma / (v.alpha + v.sigma) for v in levels])
+
+
+class Gentle(Smooth):
+    """One whose Jacobian is positive, as that of an exact network, a covariance, always is."""
+
+    bend = 0.01
+
+
+class Same(Plugin):
+    """The same first latents on a flow as elsewhere, at its own noise level."""
+
+    def start_latents(self, run, start):
+        noise = run.model.noise((run.num_images, 3, 4, 4), start.generator, torch.float64)
+        return noise * noise_level(run.model.scheduler, 0).norm, 0
 
 
 class Curved(Guide):
     def loss_guidance(self, step):
         return loss(step.x0)
+
+
+class Square(Guide):
+    """-log p(y | x0) of the red channel, y = 1 and r^2 = 0.25: what posterior samplers are for."""
+
+    def loss_guidance(self, step):
+        return (step.x0[:, 0] - 1).square().sum(dim=(1, 2)) / 0.5
 
 
 def loss(x0):
@@ -42,11 +81,14 @@ def loss(x0):
 class Step:
     """What a transcription works with: latents, predictions and abar of one step."""
 
-    def __init__(self, preset, scheduler="ddim"):
-        self.model = Smooth()
+    def __init__(self, preset, scheduler="ddim", network=Smooth):
+        self.network, self.model = network, network()
         self.run = {"scheduler": scheduler, "steps": STEPS, "seed": 5, "num_images": 2}
         self.run |= {"guidance_scale": W, "preset": preset}
-        *_, step = itertools.islice(Sampler(self.model).stream(**self.run), INDEX + 1)
+        self.flow = "flowmatch-euler" in str(scheduler)
+        self.plugins = [Same()] if self.flow else []
+        stream = Sampler(self.model).stream(plugins=self.plugins, **self.run)
+        *_, step = itertools.islice(stream, INDEX + 1)
         self.x, self.timestep, self.described = step.latents, step.timestep, step.run
         level, after = (noise_level(self.model.scheduler, INDEX + i) for i in (0, 1))
         self.level, self.following = level, after
@@ -57,7 +99,8 @@ class Step:
 
     def predictions(self, x):
         values = self.conditioning["values"].repeat_interleave(len(x), 0)
-        scaled = torch.cat([x, x]) / self.level.norm  # as the scheduler's scale_model_input
+        # as the scheduler's scale_model_input, which flows have not
+        scaled = torch.cat([x, x]) / (1 if self.flow else self.level.norm)
         return self.model.predict(scaled, self.timestep, Conditioning({"values": values})).chunk(2)
 
     def eps(self, x):
@@ -79,10 +122,16 @@ class Step:
         uncond, cond = self.predictions(self.x)
         return W * rms(cond - uncond)
 
-    def result(self):
+    v = eps  # what the network of a flow predicts
+
+    def drawn(self, name):
+        """The first noise that is drawn for a purpose."""
+        return draw(self.x.shape, seeded(self.described, name), torch.float64)
+
+    def result(self, guide=Curved):
         """The latents after the guided step, by the engine."""
-        guide = Curved(scale=SCALE, start=INDEX / STEPS, stop=(INDEX + 1) / STEPS)
-        stream = Sampler(Smooth()).stream(plugins=[guide], **self.run)
+        guide = guide(scale=SCALE, start=INDEX / STEPS, stop=(INDEX + 1) / STEPS)
+        stream = Sampler(self.network()).stream(plugins=[guide, *self.plugins], **self.run)
         *_, after = itertools.islice(stream, INDEX + 2)
         return after.latents
 
@@ -155,6 +204,95 @@ def test_a_step_is_that_of_the_paper(paper):
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
+def mmps(s, x_variance=None):
+    """By dense matrices: what conjugate gradients come to. PiGDM has another variance in them."""
+    moved, gamma, r2 = [], (1 - s.a) / s.a**0.5, 0.25 / SCALE
+    for x in s.x.split(1):
+        J = torch.autograd.functional.jacobian(s.x0, x).reshape(48, 48)
+        A = torch.eye(48).double()[:16]  # the red channel
+        x0 = s.x0(x).flatten()
+        V = gamma * J.T if x_variance is None else x_variance * torch.eye(48).double()
+        v = torch.linalg.solve(A @ V @ A.T + r2 * torch.eye(16).double(), 1 - A @ x0)
+        moved.append((x0 + gamma * J.T @ A.T @ v).view_as(x))
+    x0 = torch.cat(moved)
+    return s.ddim(x0, (s.x - s.a**0.5 * x0) / (1 - s.a) ** 0.5)
+
+
+def pgdm(s):
+    sigma2 = (1 - s.a) / s.a  # of sigma-space
+    return mmps(s, x_variance=sigma2 / (1 + sigma2))
+
+
+def diffpir(s):
+    rho, x0 = SCALE**-1 * 0.25 * s.a / (1 - s.a), s.x0(s.x)  # lambda r^2 / sigma^2
+    x0[:, 0] = (1 + rho * x0[:, 0]) / (1 + rho)  # argmin (x - 1)^2 + rho (x - x0)^2
+    eps = (s.x - s.a**0.5 * x0) / (1 - s.a) ** 0.5
+    return s.ddim(x0, 0.7**0.5 * eps + 0.3**0.5 * s.drawn(RENEWAL))
+
+
+@pytest.mark.parametrize("paper", [mmps, pgdm, diffpir])
+def test_a_step_of_a_posterior_sampler_is_that_of_the_paper(paper):
+    knobs = PRESETS[paper.__name__]
+    s = Step(dataclasses.replace(knobs, iterations=20), network=Gentle)  # 16 values were measured
+    expected = paper(s)
+    assert (s.ddim(s.x0(s.x), s.eps(s.x)) - expected).abs().max() > 1e-2
+    torch.testing.assert_close(s.result(Square), expected, rtol=1e-6, atol=1e-6)
+    shipped = Step(knobs, network=Gentle).result(Square)  # stops after three
+    torch.testing.assert_close(shipped, expected, rtol=0, atol=1e-3)
+
+
+def test_where_a_networks_jacobian_is_no_variance_the_gradient_is_taken_as_it_is():
+    s = Step("mmps")
+    x = s.x[:1]
+    jacobian = torch.autograd.functional.jacobian(s.x0, x).reshape(48, 48)
+    g = s.gradient(lambda x0: SCALE * (x0[:, 0] - 1).square().sum() / 0.5, s.x0(x)).flatten()
+    assert g @ jacobian @ g < 0
+    plain = Step("clip-guided").result(Square)
+    torch.testing.assert_close(s.result(Square)[:1], plain[:1])
+
+
+@pytest.mark.parametrize("name", ["mmps", "diffpir"])
+def test_a_posterior_sampler_goes_through_networks_again_and_keeps_images_apart(sampler, name):
+    """Each iteration pulls through one graph, also where checkpoints compute it again."""
+
+    class Red(Guide):
+        def loss_guidance(self, step):
+            return 50 * (step.image[:, 0] - 0.5).square().mean(dim=(1, 2))
+
+    def latents(**options):
+        return sampler("a cat", plugins=[Red()], preset=name, steps=3, **options).latents
+
+    both = latents(seed=0, num_images=2)
+    assert torch.equal(latents(seed=0, num_images=2, checkpointing="on"), both)
+    # Convolutions sum in another order for another batch size; these latents are tens in size.
+    torch.testing.assert_close(both[1:], latents(seed=1), rtol=0, atol=1e-3)
+
+
+def flowchef(s):
+    t, down, v = s.level.sigma, s.following.sigma, s.v(s.x)
+    x = s.x - SCALE * s.gradient(loss, s.x - t * v)
+    return x + (down - t) * v
+
+
+def flowdps(s):
+    t, down, v = s.level.sigma, s.following.sigma, s.v(s.x)
+    clean, noise = s.x - t * v, s.x + (1 - t) * v
+    y = clean
+    for _ in range(3):
+        y = y - SCALE * s.gradient(lambda x: loss(x).sqrt(), y)
+    blended = (1 - t) * clean + t * y
+    return (1 - down) * blended + down * (down**0.5 * noise + (1 - down) ** 0.5 * s.drawn(RENEWAL))
+
+
+@pytest.mark.parametrize("paper", [flowchef, flowdps])
+def test_a_step_of_a_flow_is_that_of_the_paper(paper):
+    s = Step(PRESETS[paper.__name__], "flowmatch-euler")
+    expected, result = paper(s), s.result()
+    assert (s.x + (s.following.sigma - s.level.sigma) * s.v(s.x) - result).abs().max() > 1e-2
+    # The scheduler takes its step in float32.
+    torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["clip-guided", "deep-dive"])
 def test_a_step_of_the_presets_in_sigma_space_is_theirs(name):
     """Karras' coordinates and Euler's method, as k-diffusion and the talk have it."""
@@ -202,6 +340,22 @@ def test_a_step_of_dsg_is_that_of_the_paper():
     torch.testing.assert_close(s.result(), expected, rtol=1e-5, atol=1e-5)  # DDPM in float32
 
 
+def test_a_step_of_dsg_on_a_flow_that_draws_noise_is_that_of_the_paper():
+    s = Step("dsg", {"name": "flowmatch-euler", "stochastic_sampling": True})
+    t, down = s.level.sigma, s.following.sigma
+    g = s.gradient(lambda x: loss(x - t * s.v(x)), s.x)
+    generators = seeded(s.described, "")  # first latents in float64, then the scheduler in float32
+    kinds = [torch.float64] + [torch.float32] * (INDEX + 1)
+    *_, noise = (draw(s.x.shape, generators, kind) for kind in kinds)
+    norm = torch.linalg.vector_norm
+    r = g[0].numel() ** 0.5 * down
+    d_star = -r * g / norm(g, dim=(1, 2, 3), keepdim=True)
+    mixed = down * noise + 0.1 * SCALE * (d_star - down * noise)
+    mean = (1 - down) * (s.x - t * s.v(s.x))
+    expected = mean + r * mixed / norm(mixed, dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(s.result(), expected, rtol=1e-5, atol=1e-5)  # steps in float32
+
+
 def test_a_step_that_is_taken_twice_puts_noise_back_in_between():
     s = Step(dataclasses.replace(PRESETS["dps"], recurrence=2))
     ratio = s.a / s.b
@@ -214,15 +368,34 @@ def test_a_step_that_is_taken_twice_puts_noise_back_in_between():
 DETERMINISTIC = [name for name in PRESETS if name not in ("dsg", "lgd")]
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
-def test_a_preset_moves_latents_alike_in_both_families(name):
-    """DDIM is Euler's method in sigma-space: the same x0 after a guided step of either."""
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        (name, scheduler)
+        for name in DETERMINISTIC
+        for scheduler in ({"name": "euler", "timestep_spacing": "leading"}, "flowmatch-euler")
+        if (name, scheduler) != ("deep-dive", "flowmatch-euler")  # see below
+    ],
+    ids=str,
+)
+def test_a_preset_moves_latents_alike_in_every_family(name, scheduler):
+    """DDIM is Euler's method in sigma-space and on a flow: the same x0 after a guided step."""
     seen = []
-    for scheduler in ("ddim", {"name": "euler", "timestep_spacing": "leading"}):
-        s = Step(once(name), scheduler)
+    for each in ("ddim", scheduler):
+        s = Step(once(name), each)
         seen.append((s.x / s.level.norm, s.result() / s.following.norm))
+    assert s.level.alpha == pytest.approx(1 if isinstance(scheduler, dict) else 1 - s.level.sigma)
     torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_deep_dive_keeps_what_the_network_itself_predicted():
+    """Beside moved latents a flow's v stays, where the talk's eps stays."""
+    s = Step("deep-dive", "flowmatch-euler")
+    t, v = s.level.sigma, s.v(s.x)
+    moved = s.x - SCALE * (t / s.level.alpha) ** 2 * s.level.alpha * s.gradient(loss, s.x - t * v)
+    expected = moved + (s.following.sigma - t) * v
+    torch.testing.assert_close(s.result(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -240,6 +413,9 @@ def test_a_scheduler_that_keeps_latents_is_refused_with_the_reason(sampler, sche
     with pytest.raises(InputError, match="takes steps more than once, and .* that it kept"):
         sampler("a cat", plugins=[Curved()], **run)
     sampler("a cat", seed=0, **run)  # nothing is taken twice without a guide
+    run["preset"] = "flowdps"
+    with pytest.raises(InputError, match="'flowdps' puts noise back, and .* that it kept"):
+        sampler("a cat", plugins=[Curved()], **run)
 
 
 SCHEDULERS = [
@@ -255,13 +431,35 @@ def test_other_schedulers_take_a_step_twice_and_count_it_once(sampler, scheduler
     assert [(r.index, r.repeat) for r in result.trace] == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
-def test_a_plugin_that_takes_the_step_itself_is_refused_by_dsg(sampler):
+@pytest.mark.parametrize("preset", ["dsg", "diffpir", "flowdps"])
+def test_a_plugin_that_takes_the_step_itself_is_refused_where_its_noise_is_changed(sampler, preset):
     class Still(Plugin):
         def advance(self, step):
             return step.latents
 
-    with pytest.raises(InputError, match="'dsg' turns the noise .* a plugin takes the step in its"):
-        sampler("a cat", plugins=[Curved(), Still()], preset="dsg", scheduler="ddpm", steps=4)
+    said = f"'{preset}' turns the noise .* a plugin takes the step in its"
+    with pytest.raises(InputError, match=said):
+        sampler("a cat", plugins=[Curved(), Still()], preset=preset, scheduler="ddpm", steps=4)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "lms", "dpmsolver-multistep", "euler-ancestral"])
+def test_noise_that_is_drawn_anew_takes_ddims_step_and_the_scheduler_goes_on_from_there(scheduler):
+    """All of it: the next latents are x0 with fresh noise, and it is the same run for all of them
+    until the guide has done; then each takes the rest on its own, from its own step count."""
+    run = {"preset": {"base": "diffpir", "renoise": 1.0}, "scheduler": scheduler, "seed": 0}
+    stream = Sampler(GaussianModel()).stream(
+        plugins=[Curved(scale=1e-9, stop=0.5)], steps=6, guidance_scale=1, num_images=2, **run
+    )
+    steps = list(stream)
+    generators = seeded(steps[0].run, RENEWAL)
+    for step, after in itertools.pairwise(steps[:4]):
+        noise = draw(step.x0.shape, generators, torch.float64)
+        expected = after.alpha * step.x0 + after.sigma * noise
+        torch.testing.assert_close(after.latents, expected, rtol=1e-5, atol=1e-5)
+    assert [int(step.timestep) for step in steps] == sorted(
+        {int(step.timestep) for step in steps}, reverse=True
+    )
+    assert stream.result().latents.abs().max() < 4  # of data with a deviation of 0.7
 
 
 def test_a_scheduler_without_noise_is_refused_by_dsg(sampler):
@@ -342,6 +540,7 @@ def test_a_file_is_a_preset(tmp_path):
         ("tgf", "no preset called 'tgf'. Did you mean 'tfg'"),
         ({"base": "tfg", "rh": 1}, "no knob 'rh'. Did you mean 'rho'"),
         ({"base": "tfg", "rho": -1}, "rho must be greater than or equal to 0; got -1"),
+        ({"base": "mmps", "rule": "rms"}, "variance 'move' .* takes rule='sigma2'"),
         ({"rule": "rms"}, "gradient must be given. applied_to must be given"),
         ({"base": "dps", "rule": "sphere", "gradient": "x0"}, "'sphere' turns the noise"),
         ("none.toml", "cannot read the preset file none.toml"),

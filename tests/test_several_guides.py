@@ -159,7 +159,8 @@ def move(preset, scale, end):
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"dsg"}))
 def test_trust_bounds_every_presets_move_in_terms_of_x0(name, end):
     preset = dataclasses.replace(PRESETS[name], iterations=1, trust=0.5)
-    per_x0 = {"prediction": 1, "latents": LEVEL.alpha, "after_step": FOLLOWING.alpha}
+    kept = FOLLOWING.sigma if preset.keeps == "v" else 0.0
+    per_x0 = {"prediction": 1, "latents": LEVEL.alpha, "after_step": FOLLOWING.alpha + kept}
     longest = torch.full((2, 1, 1, 1), 0.5 * PULL * per_x0[preset.applied_to]).double()
     free = dataclasses.replace(preset, trust=None)
     torch.testing.assert_close(rms(move(preset, 1e6, end)), longest)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pilotfish import InputError, Plugin, PluginError, Sampler
+from pilotfish.testing import random_sampler
 
 INK = torch.randn(3, 16, generator=torch.Generator().manual_seed(9))
 
@@ -291,3 +292,30 @@ def test_an_embedding_for_another_number_of_images_is_refused(sampler):
     assert sampler("a cat", plugins=[Two()], steps=1, num_images=2).latents.isfinite().all()
     with pytest.raises(PluginError, match=r"'Two': .*shape \(2, 77, 16\)"):
         sampler("a cat", plugins=[Two()], steps=1, num_images=3)
+
+
+def test_an_encoder_without_vectors_reads_the_word_as_text_and_an_unknown_one_is_refused():
+    sampler = random_sampler(family="sdxl")
+
+    class Partial(Plugin):
+        class Settings(Plugin.Settings):
+            encoder: str
+
+        def vocabulary(self, run):
+            width = 24 if self.settings.encoder == "text_encoder_2" else 16
+            return {"cat": {self.settings.encoder: torch.ones(1, width)}}
+
+        def embedding_transform(self, embedding, state):
+            if embedding.stage == "token" and embedding.role == "positive":
+                seen[embedding.encoder] = embedding.values[:, 2], embedding.tokens[2]
+
+    seen = {}
+    sampler("a cat", plugins=[Partial(encoder="text_encoder_2")], steps=1)
+    first, _ = sampler.model.text_encoders
+    row = first.network.get_input_embeddings().weight[first.ids("cat")]
+    assert torch.equal(seen["text_encoder"][0], row)
+    assert seen["text_encoder"][1] == "cat</w>"
+    assert torch.equal(seen["text_encoder_2"][0], torch.ones(1, 24))
+    message = r"vectors for \['text_encoder_3'\] for 'cat'; text encoders are \['text_encoder', 't"
+    with pytest.raises(PluginError, match=message):
+        sampler("a cat", plugins=[Partial(encoder="text_encoder_3")], steps=1)

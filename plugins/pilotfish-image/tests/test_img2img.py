@@ -121,6 +121,28 @@ def test_other_models_equal_diffusers(picture_file, latents_of, options):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("strength", [0.4, 0.8, 1.0])
+def test_on_a_flow_latents_equal_those_of_diffusers(picture_file, latents_of, strength):
+    pipeline = random_pipeline(family="sd3")
+    pipe = diffusers.StableDiffusion3Img2ImgPipeline(**pipeline.components)
+    pipe.set_progress_bar_config(disable=True)
+    with Image.open(picture_file) as picture:
+        expected = pipe(
+            PROMPT,
+            image=picture.convert("RGB"),
+            height=32,
+            width=32,
+            strength=strength,
+            num_inference_steps=5,
+            generator=torch.Generator().manual_seed(3),
+            output_type="latent",
+        ).images
+    sampler = Sampler.from_pipeline(pipeline)
+    run = {"scheduler": None, "sampler": sampler, "strength": strength}
+    ours = latents_of(**run, guidance_scale=7.0, height=32, width=32)
+    assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "KDPM2DiscreteScheduler"])
 def test_a_start_step_is_the_first_that_is_taken(sampler, picture_file, latents_of, scheduler):
     assert torch.equal(

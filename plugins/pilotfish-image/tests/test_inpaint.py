@@ -105,6 +105,32 @@ def test_deterministic_schedulers_keep_the_noise_of_the_first_step(sampler, pict
             torch.testing.assert_close(noise, noises[0], rtol=0.01, atol=0.02)
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_on_a_flow_the_known_part_has_every_steps_noise_and_ends_as_the_picture(
+    family, picture_file, monkeypatch
+):
+    """(1 - t) of the picture and t of the first noise, from nothing but noise at t = 1 on."""
+    monkeypatch.setattr(inpaint, "keep_outside", lambda model, latents, *_: latents)
+    sampler, noises = random_sampler(family=family), []
+    with Image.open(picture_file) as picture, torch.no_grad():
+        known = sampler.model.encode(pixels(picture))
+    half = known.shape[3] // 2
+
+    class Look(Plugin):
+        def before_step(self, step):
+            assert step.alpha == pytest.approx(1 - step.sigma)
+            outside = step.latents - (1 - step.sigma) * known
+            noises.append(outside[..., half:] / step.sigma)
+
+    plugins = [Inpaint(image=picture_file, mask=LEFT), Look()]
+    run = {"steps": 5, "seed": 1, "height": 32, "width": 32}
+    latents = sampler(PROMPT, plugins=plugins, **run).latents
+    for noise in noises[1:]:  # float32, divided by sigma
+        torch.testing.assert_close(noise, noises[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(latents[..., half:], known[..., half:])
+    assert not torch.isclose(latents[..., :half], known[..., :half]).any(dim=1).all()
+
+
 @pytest.mark.parametrize("preset", ["balanced", "deep-dive", "dps"])
 def test_guides_move_only_what_is_drawn(latents_of, known, preset):
     run = {"scheduler": "ddim", "preset": preset}

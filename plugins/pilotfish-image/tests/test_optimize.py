@@ -69,7 +69,9 @@ def rms(tensor):
 # ---- the steps ----
 
 
-@pytest.mark.parametrize("scheduler", ["euler", {"name": "ddim", "set_alpha_to_one": True}])
+@pytest.mark.parametrize(
+    "scheduler", ["euler", {"name": "ddim", "set_alpha_to_one": True}, "flowmatch-euler"]
+)
 @pytest.mark.parametrize("lr", [1.0, 0.5])
 def test_plain_sgd_at_the_schedules_pace_is_eulers_method(gaussian, scheduler, lr):
     """The projection makes up for a rate below 1: that is all it does to plain SGD."""
@@ -159,6 +161,7 @@ def test_weight_decay_makes_paler_pictures(gaussian, optimizer, most):
     [
         *("ddim", "ddpm", "euler", "euler-ancestral", "heun", "lms", "pndm", "kdpm2-ancestral"),
         *("dpmsolver-multistep", "dpmsolver-singlestep", "unipc-multistep", "deis-multistep"),
+        *("flowmatch-euler", "flowmatch-heun"),
     ],
 )
 def test_the_levels_of_every_scheduler_will_do(gaussian, scheduler):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tomli_w
@@ -161,30 +160,6 @@ def test_more_vectors_than_a_prompt_has_room_for_are_refused(sampler, tmp_path, 
     message = rf"ink\.safetensors holds {count} vectors for '<ink>'; a prompt has room for 75"
     with pytest.raises(InputError, match=message):
         sampler("a <ink>", plugins=[Concept(file=tmp_path / "ink.safetensors")], steps=1)
-
-
-def encoder(name, width):
-    """A text encoder, as far as a concept looks at it."""
-    return SimpleNamespace(name=name, width=width, length=77)
-
-
-def test_a_pair_fits_two_encoders_each_with_its_own_width(tmp_path, sampler):
-    path = tmp_path / "ink.safetensors"
-    save_file({"clip_l": INK, "clip_g": torch.ones(3, 20)}, path)
-    concept = Concept(file=path)
-
-    def words(*encoders):
-        model = SimpleNamespace(text_encoders=encoders)
-        return concept.vocabulary(SimpleNamespace(model=model))
-
-    first, second = encoder("text_encoder", 16), encoder("text_encoder_2", 20)
-    assert torch.equal(words(first, second)["ink"]["text_encoder"], INK)
-    with pytest.raises(InputError, match="of width 20, but this model's text_encoder_2 takes 24"):
-        words(first, encoder("text_encoder_2", 24))
-    with pytest.raises(
-        InputError, match=r"for text_encoder and text_encoder_2; this model has text_encoder\. It"
-    ):
-        sampler("an ink", plugins=[concept], steps=1)
 
 
 def test_wrong_settings_are_named(ink):

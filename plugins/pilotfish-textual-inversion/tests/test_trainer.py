@@ -78,11 +78,12 @@ def test_loss_and_gradient_equal_those_of_diffusers_with_a_resized_encoder(
     captions = ("a {token}", "{token} and a red {token}", "a {token}")
     batch = dataclasses.replace(fixed_batch(training.lesson, 3), captions=captions)
     ours = training.error(batch).mean()
-    (gradient,) = torch.autograd.grad(ours, training.vectors)
+    (start,) = training.vectors.values()
+    (gradient,) = torch.autograd.grad(ours, start)
 
     # The usual way: the word in the tokenizer, its rows in the encoder's own table.
     theirs = copy.deepcopy(pipeline)
-    theirs.load_textual_inversion({"<ink>": training.vectors.detach()}, token="<ink>")
+    theirs.load_textual_inversion({"<ink>": start.detach()}, token="<ink>")
     table = theirs.text_encoder.get_input_embeddings().weight
     prompts = theirs.maybe_convert_prompt(
         ["a <ink>", "<ink> and a red <ink>", "a <ink>"], theirs.tokenizer
@@ -107,7 +108,7 @@ def test_captions_are_encoded_as_in_a_run_with_the_plugin(sampler, pictures, tmp
     training = Training(sampler.model, pictures, plan)
     file = tmp_path / "ink.safetensors"
     ((_, parts),) = read(file).items()
-    ours = training.prompts(["a red <ink> cat"], parts["text_encoder"]).values
+    ours = training.condition("a red <ink> cat", parts)["values"]
     (step,) = sampler.stream("a red <ink> cat", plugins=[Concept(file=file)], steps=1, seed=0)
     assert torch.equal(ours, step.embeddings)
 
@@ -143,7 +144,7 @@ def test_a_run_on_the_same_sampler_goes_on_beside_a_training(sampler, pictures):
     beside, run = Training(sampler.model, pictures, PLAN), stream()
     for _ in zip(beside.steps(), run, strict=True):
         pass
-    assert torch.equal(beside.vectors, alone.vectors)
+    assert torch.equal(beside.word, alone.word)
     assert torch.equal(run.result().latents, stream().result().latents)
 
 
@@ -164,7 +165,7 @@ def test_it_starts_from_the_first_word(sampler, pictures):
         return table[tokenizer.convert_tokens_to_ids(f"{word}</w>")]
 
     def first(**values):
-        return Training(sampler.model, pictures, changed(**values)).vectors
+        return Training(sampler.model, pictures, changed(**values)).word
 
     assert torch.equal(first(), row("cat")[None])
     three = torch.stack([row("red"), row("cat"), row("red")])

@@ -14,7 +14,7 @@ import numpy as np
 import pilotfish_view as view
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from pilotfish_view.layout import GAP, Label
 from pilotfish_view.words import SHADES
 
@@ -214,6 +214,33 @@ def test_a_schedule_holds_what_the_loop_meets_with_every_scheduler(sampler, name
     met = [(float(s.timestep), s.alpha, s.sigma) for s in steps]
     assert met == [*zip(schedule.timesteps, schedule.alphas, schedule.sigmas, strict=True)]
     assert len(schedule) == len(met)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_a_schedule_of_a_flow_is_that_of_the_models_own_runs(family):
+    """Where the model's size shifts it, too, which a scheduler alone refuses."""
+    sampler = random_sampler(family=family)
+    schedule = view.schedule(sampler.model.new_scheduler("flowmatch-euler"), 4, sampler.model)
+    met = [(s.timestep, s.alpha, s.sigma) for s in sampler.stream("a cat", steps=4, seed=0)]
+    assert met == [*zip(schedule.timesteps, schedule.alphas, schedule.sigmas, strict=True)]
+    assert (schedule.alphas[0], schedule.sigmas[0]) == (0, 1)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_a_film_of_a_flow_begins_with_noise_and_ends_with_the_picture(decoded):
+    """Latents at sigma 1 hold nothing of x0; both are shown at one size at every level."""
+    sampler = random_sampler(family="sd3")
+    stream = sampler.stream("a cat", steps=3, seed=0)
+    film = view.Film(decoded=decoded)
+    for step in stream:
+        film.add(step)
+        shown = step.latents / math.hypot(step.alpha, step.sigma)
+        noisy = sampler.model.decode(shown) if decoded else sampler.model.rgb(shown)
+        assert (
+            ImageChops.difference(film._pictures[-1][0], to_pil(noisy.detach())[0]).getbbox()
+            is None
+        )
+    assert film.sheet().size[1] > 3 * 32
 
 
 def test_a_schedule_equals_the_schedulers_own_arrays_and_leaves_it_alone():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -44,7 +44,9 @@ class Pull:
     Attributes:
         ends: where its gradient ends.
         loss: (B,).
-        gradients: its own gradient at each leaf that it read, unweighted.
+        gradients: its own gradient at each leaf that it read, unweighted, divided by `size`.
+        size: a power of two for each image, about the loss's: that gradients of the smallest
+            losses and of the largest are numbers still.
         area: the part of the picture that it acts in, 0 to 1.
         seconds: that its loss and gradient took, when the device has done them.
     """
@@ -54,18 +56,21 @@ class Pull:
     ends: tuple[End, ...]
     loss: Tensor
     gradients: Gradients
+    size: Tensor = field(default_factory=lambda: torch.ones(1))
     area: float = 1.0
     seconds: Callable[[], float] = lambda: 0.0
 
     @cached_property
-    def norm(self) -> Tensor:
-        """L2 norm of the gradient over all leaves, (B,)."""
+    def length(self) -> Tensor:
+        """L2 norm of `gradients` over all leaves, (B,)."""
+        if not self.gradients:  # measured only
+            return torch.zeros_like(self.loss)
         norms = [torch.linalg.vector_norm(g, dim=(1, 2, 3)) for g in self.gradients.values()]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        return norm
+        length: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return length
 
     def times(self, factor: Tensor) -> Gradients:
-        """The gradient times a number for each image, (B,)."""
+        """`gradients` times a number for each image, (B,)."""
         return {leaf: factor.view(-1, 1, 1, 1) * g for leaf, g in self.gradients.items()}
 
     def fault(self) -> str | None:
@@ -79,9 +84,9 @@ class Pull:
         return None
 
     def unit(self) -> Tensor:
-        """What makes the gradient's root mean square 1 where it acts, over all its leaves, (B,)."""
+        """What makes the root mean square 1 where the guide acts, over all its leaves, (B,)."""
         count = self.area * sum(g[0].numel() for g in self.gradients.values())
-        return inverse(self.norm / count**0.5)
+        return inverse(self.length / count**0.5)
 
 
 def averaged(samples: Sequence[Pull]) -> Pull:
@@ -95,10 +100,11 @@ def averaged(samples: Sequence[Pull]) -> Pull:
     gradients = {
         (k, name): gradient
         for k, (weight, pull) in enumerate(zip(weights, samples, strict=True))
-        for (_, name), gradient in pull.times(weight).items()
+        for (_, name), gradient in pull.times(weight * pull.size.to(weight)).items()
     }
     return replace(
         samples[0],
+        size=torch.ones_like(samples[0].size),
         loss=math.log(len(samples)) - losses.neg().logsumexp(dim=0),
         gradients=gradients,
         seconds=lambda: sum(pull.seconds() for pull in samples),
@@ -110,10 +116,10 @@ def cosines(pulls: Sequence[Pull]) -> Tensor:
 
     -1: they pull against each other. 0 where they read no leaf in common.
     """
-    products = pulls[0].norm.new_zeros(len(pulls[0].loss), len(pulls), len(pulls))
+    products = pulls[0].length.new_zeros(len(pulls[0].loss), len(pulls), len(pulls))
     if len(pulls) == 1:
         return products
-    units = [pull.times(math.copysign(1, pull.scale) * inverse(pull.norm)) for pull in pulls]
+    units = [pull.times(math.copysign(1, pull.scale) * inverse(pull.length)) for pull in pulls]
     for leaf in _leaves_of(units):
         nothing = torch.zeros_like(next(unit[leaf] for unit in units if leaf in unit))
         stacked = torch.stack([unit.get(leaf, nothing).flatten(1) for unit in units], dim=1)
@@ -129,11 +135,11 @@ def all_finite(pulls: Sequence[Pull]) -> bool:
     return not extremes or bool(torch.stack(extremes).isfinite().all())
 
 
-def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
-    """The gradient of a guide's loss at each leaf that it read.
+def check_loss(loss: Tensor, num_images: int) -> None:
+    """Refuse what is no loss.
 
     Raises:
-        LossFault: the loss is no tensor, has not one value per image, or has no graph.
+        LossFault: it is no tensor, or has not one value per image.
     """
     if not isinstance(loss, Tensor):
         raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
@@ -142,13 +148,26 @@ def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
             f"returned shape {tuple(loss.shape)}; expected one value per image, shape "
             f"({num_images},): reduce over all axes but the first, never over the batch"
         )
+
+
+def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
+    """The gradient of a guide's loss at each leaf that it read.
+
+    Raises:
+        LossFault: see `check_loss`; or the loss has no graph, or none that gives a gradient.
+    """
+    check_loss(loss, num_images)
     if not loss.requires_grad or not leaves.read:
         raise LossFault(
             "returned a loss without a graph; compute it from step.x0, step.rgb or step.image "
             "with torch operations, without detach(), no_grad() or numpy"
         )
     total = at_least_float32(loss).sum()
-    found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
+    try:
+        found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
+    except Exception as error:  # whatever an operation's own backward raises
+        fault = f"has a loss whose gradient cannot be taken: {type(error).__name__}: {error}"
+        raise LossFault(fault) from error
     gradients = {(0, name): g for name, g in zip(leaves.read, found, strict=True) if g is not None}
     if not gradients:
         raise LossFault("returned a loss that does not depend on step.x0, step.rgb or step.image")
@@ -216,8 +235,8 @@ def without_conflicts(gradients: Sequence[Tensor]) -> list[Tensor]:
     for own in gradients:
         left = own
         for other in (g for g in gradients if g is not own):
-            left = left - _dot(left, other).clamp(max=0) * inverse(_dot(other, other)) * other
-        longer = _dot(own, own) * inverse(_dot(left, own))
+            left = left - dot(left, other).clamp(max=0) * inverse(dot(other, other)) * other
+        longer = dot(own, own) * inverse(dot(left, own))
         kept.append(left * longer.clamp(max=LONGER))
     return kept
 
@@ -227,8 +246,9 @@ def _leaves_of(gradients: Iterable[Gradients]) -> list[Leaf]:
     return list(dict.fromkeys(leaf for found in gradients for leaf in found))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per image, (B, 1, 1, 1)."""
+    return (a * b).sum(dim=(1, 2, 3), keepdim=True)
 
 
 def total_of(tensors: Iterable[Tensor]) -> Tensor:

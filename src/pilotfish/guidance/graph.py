@@ -60,9 +60,9 @@ class SharedGraph:
             return cotangent
         return _pull_back(self.node(name), self._nodes["x0"], cotangent, retain_graph)
 
-    def to_latents(self, cotangent: Tensor) -> Tensor:
+    def to_latents(self, cotangent: Tensor, retain_graph: bool = False) -> Tensor:
         """Pull a gradient at x0 back to the latents, through the network."""
-        return _pull_back(self.predicted, self.latents, cotangent, retain_graph=False)
+        return _pull_back(self.predicted, self.latents, cotangent, retain_graph)
 
 
 def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: bool) -> Tensor:
@@ -72,18 +72,22 @@ def _pull_back(output: Tensor, source: Tensor, cotangent: Tensor, retain_graph: 
     half-precision network from underflow: pixel gradients of a CLIP loss at 512 pixels lie below
     the smallest normal float16.
     """
-    largest = cotangent.abs().amax(dim=(1, 2, 3), keepdim=True)
-    mantissa, _ = largest.frexp()
-    power = torch.where(largest > 0, mantissa / largest, 1)  # exact: the quotient is a power of two
-    scale = power.clamp(2.0**-120, 2.0**120)  # normal in float32
+    scale = power_of_two(cotangent.abs().amax(dim=(1, 2, 3), keepdim=True))
     (pulled,) = torch.autograd.grad(
         output, source, (cotangent * scale).to(output.dtype), retain_graph
     )
     return pulled.to(cotangent.dtype) / scale
 
 
+def power_of_two(size: Tensor) -> Tensor:
+    """What brings sizes >= 0 to about 1, exactly; 1 for 0."""
+    mantissa, _ = size.frexp()
+    power = torch.where(size > 0, mantissa / size, 1)  # exact: the quotient is a power of two
+    return power.clamp(2.0**-120, 2.0**120)  # normal in float32
+
+
 class Leaves:
-    """The leaves that one guide has read: fresh, detached, and its own."""
+    """The leaves that one guide has read: copies, so that what it changes nobody else sees."""
 
     def __init__(self, graph: SharedGraph) -> None:
         self._graph = graph
@@ -91,7 +95,7 @@ class Leaves:
 
     def __call__(self, name: str) -> Tensor:
         if name not in self.read:
-            self.read[name] = self._graph.node(name).detach().requires_grad_()
+            self.read[name] = self._graph.node(name).detach().clone().requires_grad_()
         return self.read[name]
 
 

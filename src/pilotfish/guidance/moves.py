@@ -14,8 +14,9 @@ stand as they are) and g, g0 a guide's gradient at the latents and at x0:
 | sphere   | turns the step's own noise   |                            | DSG, 2402.03201      |
 
 each times the guide's scale and the preset's rho (latents) or mu (x0). Under `rms` and `sphere`
-each guide is normalised on its own, at its leaf, before they are summed. At alpha 0 (zero terminal
-SNR, sigma 1 of a flow) latents hold nothing of x0, and the rules with an alpha below the line move
+each guide is normalised on its own, at its leaf, before they are summed. Under a `variance` the
+gradient of `sigma2` allows for the spread of x0, see `_settled`. At alpha 0 (zero terminal SNR,
+sigma 1 of a flow) latents hold nothing of x0, and the rules with an alpha below the line move
 nothing; `rms` moves x0 there as everywhere.
 """
 
@@ -25,22 +26,30 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .gradients import End, Gradients, Pull, Sum, inverse, resized, rms, sum_at_x0, total_of
+from .gradients import End, Gradients, Pull, Sum, dot, inverse, resized, rms, sum_at_x0, total_of
 from .graph import SharedGraph
 from .noise import CLEAN, NoiseLevel, at_least_float32
 from .presets import Preset
 
 # What stands in for the prompt's pull where there is no prompt to pull (no classifier-free
-# guidance, or an empty prompt), as a fraction of the prediction's own root mean square.
+# guidance, or an empty prompt), as a fraction of the predicted noise's root mean square.
 # Measured: docs/guidance.md, "Without a prompt".
 UNPROMPTED_PULL = 0.1
+# The sigma / alpha up to which noise counts there: the schedule of Stable Diffusion, on which it
+# was measured, begins at 14.6. Flows begin at infinity, and x0 is moved by what noise does to it.
+NOISIEST = 15.0
 ENDS: tuple[End, ...] = ("latents", "x0")
 
-Descent = Callable[[Tensor], tuple[list[SharedGraph], list[Pull]]]
+# By how much x0 is moved to see a loss bend, root mean square: latents are of size 1.
+PROBE = 0.1
+
+Again = Callable[[Tensor], Tensor | None]
+Descent = Callable[[Tensor, End], tuple[list[SharedGraph], list[Pull]]]
 
 
 @dataclass(frozen=True)
@@ -82,29 +91,20 @@ def combine(
     pulls: Sequence[Pull],
     preset: Preset,
     place: Place,
-    descend: Descent = lambda _: ([], []),
+    descend: Descent = lambda *_: ([], []),
 ) -> Move:
     """One move from all guides' gradients.
 
     Args:
         graphs: one for each sample of x0; the pulls are at their leaves.
-        descend: for more than one iteration on x0: the graphs and pulls at x0 plus a move.
+        descend: the graphs, and the pulls of the guides that end there, at x0 plus a move.
     """
     sums = _sums(graphs, pulls, preset)
-    moves = []
-    if "latents" in sums:
-        gradient = graphs[0].to_latents(sums["latents"].gradient)
-        if preset.normalizes:
-            gradient = resized(gradient, rms(sums["latents"].gradient))
-        moves.append(preset.rho * place.schedule * _of_latents(gradient, preset, place))
-    if "x0" in sums:
-        move = _of_x0(sums["x0"].gradient, preset, place)
-        for _ in range(1, preset.iterations):
-            shifted, further = descend(move)
-            if further:
-                gradient = _sum(shifted, further, preset, "x0", retain=False).gradient
-                move = move + _of_x0(gradient, preset, place)
-        moves.append(move * _per_x0(preset, place))
+    asked = partial(_asked_again, pulls, preset, descend)
+    moves = [
+        _move_of(found.gradient, end, partial(asked, end), graphs[0], preset, place)
+        for end, found in sums.items()
+    ]
     move = total_of(moves)
     if preset.trust is not None:
         longest = preset.trust * place.pull * _per_x0(preset, place)
@@ -131,12 +131,52 @@ def _sum(
 
 def _weighted(pull: Pull, preset: Preset) -> Gradients:
     """A guide's gradient times its scale and what the rule asks for."""
-    factor = torch.full_like(pull.norm, pull.scale)
+    factor = torch.full_like(pull.length, pull.scale)
     if preset.normalizes:
-        factor = factor * pull.unit()
-    elif preset.rule == "residual":  # the gradient of the loss's root
+        return pull.times(factor * pull.unit())
+    factor = factor * pull.size.to(factor)
+    if preset.rule == "residual":  # the gradient of the loss's root
         factor = factor * inverse(2 * pull.loss.clamp(min=0).sqrt()).to(factor.dtype)
     return pull.times(factor)
+
+
+def _asked_again(
+    pulls: Sequence[Pull], preset: Preset, descend: Descent, end: End, move: Tensor
+) -> Tensor | None:
+    """The gradient of the guides that end there, at x0 plus a move; None where one fails."""
+    graphs, further = descend(move, end)
+    if len(further) < sum(end in pull.ends for pull in pulls):
+        return None
+    return _sum(graphs, further, preset, end, retain=False).gradient
+
+
+def _move_of(
+    gradient: Tensor, end: End, again: Again, graph: SharedGraph, preset: Preset, place: Place
+) -> Tensor:
+    """The move from a gradient at x0 that ends there, or goes on to the latents."""
+    strength = (preset.mu if end == "x0" else preset.rho) * place.schedule
+
+    def moved(gradient: Tensor) -> Tensor:
+        if end == "x0":
+            return strength * _of_x0(gradient, preset, place)
+        pulled = graph.to_latents(gradient, retain_graph=preset.variance != "none")
+        if preset.normalizes:
+            pulled = resized(pulled, rms(gradient))
+        return strength * _of_latents(pulled, preset, place)
+
+    def spread(gradient: Tensor) -> Tensor:
+        if preset.variance == "unit":
+            return strength * (place.level.sigma / place.level.norm) ** 2 * gradient
+        return -moved(gradient)
+
+    allowed = preset.variance != "none"
+    move = moved(_settled(gradient, spread, again, preset.iterations) if allowed else gradient)
+    if end == "latents":
+        return move
+    for _ in range(1, 1 if allowed else preset.iterations):
+        further = again(move)
+        move = move if further is None else move + moved(further)
+    return move * (place.level.time if preset.blended else 1.0) * _per_x0(preset, place)
 
 
 def _of_latents(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
@@ -161,7 +201,6 @@ def _of_latents(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
 
 def _of_x0(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
     """The move of x0 from a gradient there."""
-    gradient = preset.mu * place.schedule * gradient
     if preset.rule == "rms":
         return -place.pull_in(preset.units) * gradient
     if preset.rule == "sigma2":
@@ -171,8 +210,49 @@ def _of_x0(gradient: Tensor, preset: Preset, place: Place) -> Tensor:
 
 def _per_x0(preset: Preset, place: Place) -> float:
     """By how much what is moved changes with x0."""
-    after = {"prediction": 1.0, "latents": place.level.alpha, "after_step": place.following.alpha}
+    level, following = place.level, place.following
+    kept = following.sigma if preset.keeps == "v" else 0.0
+    after = {"prediction": 1.0, "latents": level.alpha, "after_step": following.alpha + kept}
     return after[preset.applied_to]
+
+
+def _settled(
+    gradient: Tensor, spread: Callable[[Tensor], Tensor], again: Again, iterations: int
+) -> Tensor:
+    """A loss's gradient g where x0 has spread: u of `(1 + H V) u = g`, H the loss's Hessian.
+
+    For `norm(y - A x0)^2 / (2 r^2)` that is `A^T (r^2 + A V A^T)^-1 (A x0 - y)`: the gradient of a
+    likelihood with V as x0's variance (Rozet et al. 2024, arXiv 2405.13712), or g at the point that
+    the move by it leads to. Conjugate gradients in the inner product of V, in which `1 + H V` is
+    symmetric. H is seen in how the gradient changes along a direction: exactly where the loss is a
+    square. Where that bends downwards, an image's iterations end; before the first, with g itself.
+
+    Args:
+        gradient: (B, C, H, W).
+        spread: multiplies by V.
+        again: the gradient at x0 plus a move; None where it cannot be told.
+    """
+    solution, residual, direction = torch.zeros_like(gradient), gradient, gradient
+    spreading = spread(direction)
+    energy = dot(residual, spreading)
+    going = energy > 0
+    for i in range(iterations):
+        length = PROBE * inverse(rms(spreading))
+        changed = again(length * spreading)
+        if changed is None:
+            return solution if i else gradient
+        bent = direction + (changed - gradient) * inverse(length)
+        curvature = dot(spreading, bent)
+        going = going & (curvature > 0)
+        step = torch.where(going, energy * inverse(curvature), 0.0 if i else 1.0)
+        solution, residual = solution + step * direction, residual - step * bent
+        if i + 1 < iterations:
+            spread_residual = spread(residual)
+            before, energy = energy, dot(residual, spread_residual)
+            going = going & (energy > 0)
+            direction = residual + energy * inverse(before) * direction
+            spreading = spread_residual + energy * inverse(before) * spreading
+    return solution
 
 
 def spherical(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor) -> Tensor:
@@ -193,21 +273,24 @@ def spherical(mean: Tensor, noise: Tensor, deviation: Tensor, direction: Tensor)
 
 
 def prompt_pull(
-    level: NoiseLevel, cond: Tensor, uncond: Tensor | None, guidance_scale: float
+    level: NoiseLevel, latents: Tensor, cond: Tensor, uncond: Tensor | None, guidance_scale: float
 ) -> Tensor:
     """How far classifier-free guidance itself moves x0 at this step, root mean square per image.
 
     `guidance_scale * RMS(cond - uncond)` (FreeDoM's own), in x0's units. Never less than
-    `UNPROMPTED_PULL * RMS(cond)`: that stands in where nothing pulls, and the two meet without a
-    jump.
+    `UNPROMPTED_PULL` of what the noise in `cond` moves x0 by, whatever it is that the network
+    predicts: that stands in where nothing pulls, and the two meet without a jump.
 
     Returns:
         (B, 1, 1, 1).
     """
-    pull = UNPROMPTED_PULL * rms(at_least_float32(cond))
+    eps = level.eps(latents, level.x0(latents, cond))
+    noisiness = min(level.sigma / level.alpha, NOISIEST) if level.alpha else NOISIEST
+    pull = UNPROMPTED_PULL * noisiness * rms(eps)
     if uncond is not None:
-        pull = torch.maximum(pull, guidance_scale * rms(at_least_float32(cond - uncond)))
-    return pull * abs(level.out)
+        prompted = guidance_scale * abs(level.out) * rms(at_least_float32(cond - uncond))
+        pull = torch.maximum(pull, prompted)
+    return pull
 
 
 def schedule(levels: Sequence[NoiseLevel], kind: str) -> list[float]:

@@ -71,6 +71,11 @@ class NoiseLevel:
         return math.hypot(self.alpha, self.sigma)
 
     @property
+    def time(self) -> float:
+        """Of a flow that has as much noise: `sigma / (alpha + sigma)`, 0 to 1."""
+        return self.sigma / (self.alpha + self.sigma)
+
+    @property
     def per_alpha(self) -> float:
         """`1 / alpha`; 0 where alpha is 0: latents that hold nothing of x0 move nothing of it."""
         return 1 / self.alpha if self.alpha else 0.0

@@ -40,9 +40,19 @@ class Preset:
         rho: multiplies every guide's scale where its gradient ends at the latents. Under "sphere",
             the part of the noise's direction that the guides take.
         mu: multiplies every guide's scale where its gradient ends at x0.
+        variance: of x0 given the latents, as the guides' gradient allows for it, under "sigma2":
+            "none" takes x0 as known; "move" is the one that the rule moves by, which makes the step
+            an implicit one; "unit" that of data N(0, 1). Costs a decode for each iteration.
         schedule: how rho and mu change over the run, 1 on average: "constant", or with the ratio
             `r` of two steps' abar as "increase" (r) or "decrease" (1 - r).
-        iterations: steps of gradient descent on x0.
+        iterations: steps of gradient descent on x0; of conjugate gradients under a `variance`.
+        blended: a move of x0 counts by the part of the noise in the latents, sigma / (alpha +
+            sigma).
+        keeps: what of the prediction stays where "after_step" moves x0: "eps", or a flow's "v",
+            under which what is moved at x0 moves latents at every level alike.
+        renoise: the part of the next level's noise, of its variance, that is drawn anew where
+            guides act: a step of the DDIM formula, whatever the scheduler. "alpha" is alpha /
+            (alpha + sigma) of that level.
         samples: each loss is `-log mean exp(-loss)` over so many x0 with noise added.
         smoothing: that noise, as a multiple of the step's sigma (of variance-preserving latents).
         recurrence: how often each step is taken: noise is put back in between.
@@ -64,8 +74,12 @@ class Preset:
     units: Literal["x0", "eps"] = "x0"
     rho: Strength = 1.0
     mu: Strength = 1.0
+    variance: Literal["none", "move", "unit"] = "none"
     schedule: Literal["constant", "increase", "decrease"] = "constant"
     iterations: Count = 1
+    blended: bool = False
+    keeps: Literal["eps", "v"] = "eps"
+    renoise: Fraction | Literal["alpha"] = 0.0
     samples: Count = 1
     smoothing: Strength = 0.0
     recurrence: Count = 1
@@ -82,6 +96,11 @@ class Preset:
             raise ValueError(f"rule 'sphere' turns the noise of a done step: it takes {fitting}")
         if self.rule == "sphere" and self.trust is not None:
             raise ValueError("rule 'sphere' keeps the length of the step's noise: no trust")
+        if self.variance != "none" and (self.rule, self.applied_to) != ("sigma2", "prediction"):
+            fitting = "rule='sigma2' and applied_to='prediction'"
+            raise ValueError(
+                f"variance {self.variance!r} belongs to moves of x0 by sigma^2: it takes {fitting}"
+            )
 
     @property
     def normalizes(self) -> bool:

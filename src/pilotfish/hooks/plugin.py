@@ -57,6 +57,11 @@ class Plugin:
 
     settings: Any
 
+    @property
+    def particles(self) -> int:
+        """How many candidates of each picture go along, in one batch; `resample` chooses."""
+        return 1
+
     def __init__(self, **settings: Any) -> None:
         kind, base = type(self), Guide if isinstance(self, Guide) else Plugin
         if not (inspect.isclass(kind.Settings) and issubclass(kind.Settings, base.Settings)):
@@ -105,10 +110,10 @@ class Guide(Plugin):
         start: float = Setting(0.0, ge=0, le=1, description="first moment, a fraction of the run")
         stop: float = Setting(1.0, ge=0, le=1, description="last moment, a fraction of the run")
         every: int = Setting(1, ge=1, description="act on every n-th step only")
-        gradient: Literal["x0", "latents"] | None = Setting(
+        gradient: Literal["x0", "latents", "none"] | None = Setting(
             None,
             description="stop at x0 (cheap) or go on through the network to the latents; "
-            "where not given, the preset decides",
+            "none: the loss is measured and moves nothing; where not given, the preset decides",
         )
         mask: Area | None = Setting(
             None,

@@ -76,8 +76,8 @@ def vocabulary(run: Run, state: Any) -> dict[str, Any] | None:
 
     Returns:
         `{"<word>": (n, D) tensor}`, a word of n vectors as wide as the text encoder's embeddings.
-        For a model with several text encoders `{"<word>": {encoder: (n, D) tensor}}`. Two plugins
-        may not add the same word.
+        For a model with several text encoders `{"<word>": {encoder: (n, D) tensor}}`; one that is
+        left out reads the word as the text that it is. Two plugins may not add the same word.
     """
 
 
@@ -212,4 +212,9 @@ def resample(step: Step, state: Any) -> Sequence[int] | Tensor | None:
     Returns:
         (B,) indices: place i goes on as image `indices[i]` has come so far. Latents, the random
         generators of the run and of all plugins, and the scheduler's history follow.
+
+        Where a plugin has `particles`, B is that many times the run's `num_images`, with a
+        picture's candidates side by side, and it is asked before the scheduler's step, in which
+        those of one origin part: generators stay where they are. What the last step puts at the
+        first place of a picture's candidates becomes the picture.
     """

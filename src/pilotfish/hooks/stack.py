@@ -106,6 +106,20 @@ class Stack:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @property
+    def particles(self) -> int:
+        """How many candidates of each picture go along; see `Plugin.particles`.
+
+        Raises:
+            InputError: two plugins ask for several.
+        """
+        found = {name: getattr(plugin, "particles", 1) for name, plugin in self}
+        several = [name for name, count in found.items() if count > 1]
+        if len(several) > 1:
+            names = " and ".join(map(self.label, several))
+            raise InputError(f"{names} each choose among candidates; one of them can, in one run")
+        return max(found.values(), default=1)
+
     def tables(self) -> tuple[dict[str, Any], ...]:
         """The plugins as a run file holds them: `use`, `name` and all settings."""
         entries = self.entries.items()

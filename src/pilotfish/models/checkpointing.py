@@ -19,13 +19,13 @@ from .protocol import Again
 
 AUTO_PARAMETERS = 100_000_000  # below, activations fit anyway and speed counts
 
-# diffusers' classes by name: a block without attention, and the layers of the others. None of
-# Qwen-Image's VAE, whose layers keep frames between calls: a second one would find other frames.
+# diffusers' classes by name: a block without attention, and the layers of the others.
 PARTS = {
     *("DownBlock2D", "UpBlock2D", "ResnetBlock2D", "Attention", "Upsample2D", "Downsample2D"),
     *("BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock"),
     *("FluxSingleTransformerBlock", "Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
     *("ZImageTransformerBlock", "QwenImageTransformerBlock"),
+    *("QwenImageResidualBlock", "QwenImageAttentionBlock", "QwenImageResample"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from typing import Any
@@ -34,6 +35,22 @@ def own_copy(network: Any) -> Any:
         for name in HOOKS:
             own[name] = own[name].copy() if own[name] else type(own[name])()  # mostly empty
     return copies[id(network)]
+
+
+def float32(network: Any, kept: dict[Any, Any]) -> Any:
+    """The network in float32, frozen: the last one, where neither network nor weights changed.
+
+    Args:
+        kept: what holds the last one.
+    """
+    settings = [value for value in vars(network).values() if isinstance(value, int | float)]
+    tensors = [*network.parameters(), *network.buffers()]
+    weights = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+    last = kept.get("float32")
+    if last is None or last[0] is not network or last[1:3] != (settings, weights):
+        made = copy.deepcopy(network).float().requires_grad_(False)
+        last = kept["float32"] = network, settings, weights, made
+    return last[3]
 
 
 def make_eager(network: Any) -> None:

@@ -39,16 +39,16 @@ def fit_rgb(encode: Callable[[Tensor], Tensor], factor: int) -> Tensor:
     coarse = torch.rand(24, 3, 4, 4, generator=generator)
     size = 16 * factor
     image = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
-    latents = encode(image.clamp(0, 1)).float().cpu()
-    pooled = torch.nn.functional.avg_pool2d(image, factor)
+    latents = encode(image.clamp(0, 1)).double().cpu()  # float32 would round a VAE's small ones off
+    pooled = torch.nn.functional.avg_pool2d(image.double(), factor)
     columns = latents.movedim(1, -1).flatten(0, 2)  # (pixels, C)
-    columns = torch.cat([columns, torch.ones(len(columns), 1)], dim=1)
+    columns = torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
     colors = pooled.movedim(1, -1).flatten(0, 2)
     # A little ridge: latents are of size one, and an untrained VAE's carry next to nothing.
-    ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1])
+    ridge = 1e-3 * len(columns) * torch.eye(columns.shape[1], dtype=columns.dtype)
     ridge[-1, -1] = 0
     matrix: Tensor = torch.linalg.solve(columns.T @ columns + ridge, columns.T @ colors)
-    return matrix
+    return matrix.float()
 
 
 def linear(matrix: Tensor, latents: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
-from .copies import offload_hook, own_copy
-from .protocol import Again, Defaults, Generators, Site, TextEncoder
+from .copies import float32, offload_hook, own_copy
+from .protocol import Again, Defaults, Generators, TextEncoder
 from .schedulers import diffusers
 from .text import ClipText
 
@@ -52,7 +52,7 @@ class PipelineFamily:
     upcasts: ClassVar[bool] = False
     cells: ClassVar[int] = 1
     guidance = frozenset({"cfg"})
-    together = True
+    together, masked = True, False
     vae: Any
 
     def __init__(self, pipeline: Any, id: str | None = None) -> None:
@@ -120,6 +120,7 @@ class PipelineFamily:
             self.vae = self._vae_float32()
         sides = (self._side, self._side) if isinstance(self._side, int) else self._side
         self.defaults = Defaults.of(pipeline, self.folder, *(int(s) * self.factor for s in sides))
+        self.size = self.defaults.height, self.defaults.width
         self.text_encoders = self._encoders()
 
     def _refuse(self) -> None:
@@ -252,7 +253,7 @@ class PipelineFamily:
         return at_least_float32(image) / 2 + 0.5
 
     def _vae_float32(self) -> Any:
-        return copy.deepcopy(self.vae).float()
+        return float32(self._pipeline.vae, self._made)
 
     def decoder(self, name: str) -> Callable[[Tensor], Tensor]:
         """`decode`, or what stands in for it where guides look; see `Run.decoder`.
@@ -339,11 +340,3 @@ class PipelineFamily:
         found = (config.latents_mean, config.latents_std)
         mean, std = (torch.tensor(values).view(-1, 1, 1).to(like) for values in found)
         return mean, std
-
-
-def joint_sites(transformer: Any) -> tuple[Site, ...]:
-    """The attention of blocks to which image tokens and text tokens come apart."""
-    return tuple(
-        Site(f"transformer_blocks.{i}.attn", block.attn, "joint", slice(None))
-        for i, block in enumerate(transformer.transformer_blocks)
-    )

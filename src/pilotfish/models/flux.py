@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, pack, places, true_cfg_scale, unpack
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import block_sites, joint_sites
 from .text import T5Text
 
 
@@ -32,8 +32,12 @@ class Flux(PackedFamily):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The joint attention of its double blocks; single blocks tell no token from another."""
-        return joint_sites(self.transformer)
+        """The joint attention of its double blocks, then of single ones, where text is first."""
+        image, single = slice(-self._tokens, None), "single_transformer_blocks"
+        return (
+            *joint_sites(self.transformer),
+            *block_sites(self.transformer, single, "attn", "joint", image),
+        )
 
     def cfg_scale(self, run: Any) -> float | None:
         """`true_cfg_scale` above 1, with a negative prompt."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, places
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import block_sites, joint_sites
 from .text import QwenText, chat
 
 LAYERS = (9, 18, 27)  # of the text encoder, stacked
@@ -58,8 +58,12 @@ class Flux2Klein(PackedFamily):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The joint attention of its double blocks; single blocks tell no token from another."""
-        return joint_sites(self.transformer)
+        """The joint attention of its double blocks, then of single ones, where text is first."""
+        image, single = slice(-self._tokens, None), "single_transformer_blocks"
+        return (
+            *joint_sites(self.transformer),
+            *block_sites(self.transformer, single, "attn", "joint", image),
+        )
 
     def cfg_scale(self, run: Any) -> float | None:
         """`guidance_scale` above 1, where the model is not distilled."""

@@ -35,6 +35,12 @@ class PackedFamily(PipelineFamily):
     def _channels(self) -> int:
         return int(self.denoiser.config.in_channels) // 4
 
+    @property
+    def _tokens(self) -> int:
+        """How many image tokens there are, each of two by two of the VAE's cells."""
+        _, height, width = self.latent_shape(*self.size)
+        return height * width * self.cells**2 // 4
+
     def _sigmas(self, steps: int, config: Mapping[str, Any]) -> Any:
         if self.heeds_flow_sigmas and config.get("use_flow_sigmas"):
             return None

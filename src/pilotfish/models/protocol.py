@@ -74,12 +74,16 @@ class TextEncoder(Protocol):
 
     Attributes:
         name: "text_encoder", "text_encoder_2", ...
+        kind: "clip", "t5" or "qwen".
         width: D, of its token embeddings.
         length: T, its tokens, among them those that it adds itself.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
 
     @property
     def tokenizer(self) -> Any: ...
@@ -99,6 +103,9 @@ class TextEncoder(Protocol):
         Raises:
             InputError: it knows one of them already.
         """
+
+    def ids(self, word: str) -> list[int]:
+        """The tokens of a word or two as they stand in a prompt, without what goes around one."""
 
     def tokenize(self, text: str, length: int | None = None) -> Tokens:
         """A text's tokens, cut to `length`.
@@ -162,7 +169,7 @@ class Site:
         name: the module's path in the denoiser.
         module: of diffusers.
         kind: "self" among image tokens, "cross" from image to text, or "joint" of both.
-        image: which of its tokens are the image's.
+        image: which of the tokens in its `hidden_states` are the image's, for the model's `size`.
     """
 
     name: str
@@ -215,9 +222,11 @@ class LatentDiffusion(Protocol):
         id: the folder or hub id that it came from.
         folder: where it lies on this disk, if it does.
         factor: pixels of the picture for each cell of the latents, along a side.
+        size: height and width of a run's pictures, in pixels; `sites` go by it.
         guidance: "cfg": by two predictions; "embedded": told to the network.
         together: whether the family's pipeline makes both predictions in one call of the network;
             otherwise first that for the prompt.
+        masked: whether the network takes prompts of any length, with a mask.
         latents_dtype: the number format in which the family's pipeline keeps latents.
         denoiser: the module that patches hold on to.
         sites: the denoiser's attention, in order.
@@ -230,8 +239,10 @@ class LatentDiffusion(Protocol):
     text_encoders: Sequence[TextEncoder]
     defaults: Defaults
     factor: int
+    size: tuple[int, int]
     guidance: frozenset[str]
     together: bool
+    masked: bool
 
     @property
     def latents_dtype(self) -> torch.dtype: ...

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from .family import joint_sites
 from .packed import PackedFamily, pack, true_cfg_scale, unpack
-from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .protocol import Again, Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import joint_sites
 from .text import QwenText
 
 
@@ -18,6 +20,7 @@ class QwenImage(PackedFamily):
     """Qwen-Image: `true_cfg_scale` needs a negative prompt."""
 
     pipeline_class = "QwenImagePipeline"
+    masked = True
 
     transformer: Any
     text_encoder: Any
@@ -34,6 +37,14 @@ class QwenImage(PackedFamily):
             most=pipeline.tokenizer_max_length,
         )
         return (encoder,)
+
+    def differentiable(self, checkpointing: str, again: Again | None = nullcontext) -> Self:
+        """See `LatentDiffusion`; its VAE keeps no frames, so that layers can be computed again."""
+        model = super().differentiable(checkpointing, again)
+        if again is not None and not model.refuse_gradients():
+            for part in (model.vae.encoder, model.vae.decoder):
+                vars(part)["forward"] = partial(_one_frame, part.forward)
+        return model
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -90,6 +101,11 @@ class QwenImage(PackedFamily):
 
     def _picture(self, decoded: Tensor) -> Tensor:
         return decoded[:, :, 0]
+
+
+def _one_frame(forward: Callable[[Tensor], Tensor], frame: Tensor, **kept: Any) -> Tensor:
+    """What a part of the VAE makes of a film's only frame, without what it keeps for a next one."""
+    return forward(frame)
 
 
 if TYPE_CHECKING:

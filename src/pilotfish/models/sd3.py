@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .family import PipelineFamily, joint_sites
+from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
 from .schedulers import linear_shift
+from .sites import joint_sites
 from .text import T5Text, side_by_side
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
-from .stable_diffusion import unet_problem, unet_sites
+from .sites import unet_sites
+from .stable_diffusion import unet_problem
 from .text import side_by_side
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .family import PipelineFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import unet_sites
 
 TAKES = "pilotfish takes Stable Diffusion 1.x and 2.x"
 
@@ -62,16 +63,6 @@ class StableDiffusion(PipelineFamily):
                 f"do; {TAKES}"
             )
         return unet_problem(pipeline, TAKES) or _width_problem(pipeline)
-
-
-def unet_sites(unet: Any) -> tuple[Site, ...]:
-    """The attention of a UNet of diffusers."""
-    kinds = {"attn1": "self", "attn2": "cross"}
-    return tuple(
-        Site(name, module, kinds[name.rpartition(".")[2]], slice(None))  # type: ignore[arg-type]
-        for name, module in unet.named_modules()
-        if name.rpartition(".")[2] in kinds
-    )
 
 
 def unet_problem(pipeline: Any, takes: str) -> str | None:

@@ -47,7 +47,9 @@ class ClipText:
     layer: int | None = None
     words: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[int, tuple[Tensor, str]] = field(default_factory=dict)
+    kind: ClassVar[str] = "clip"
     between: ClassVar[str] = " "  # the pieces of an added word, where a space is no token
+    before: ClassVar[str] = ""  # what begins a word within a prompt, and belongs to its tokens
 
     @property
     def width(self) -> int:
@@ -85,6 +87,16 @@ class ClipText:
                 shown = word if i == 0 else f"{word}_{i}"  # as diffusers names them
                 vectors[tokenizer.convert_tokens_to_ids(piece)] = (vector, shown)
         return replace(self, tokenizer=tokenizer, words=spelled, vectors=vectors)
+
+    def ids(self, word: str) -> list[int]:
+        """The tokens of a word or two as they stand in a prompt, without what goes around one."""
+        with _one_at_a_time:
+            text = self._prepared_word(word)
+            found = self.tokenizer(text, truncation=False, add_special_tokens=False).input_ids
+        return [i for i in found if i not in set(self.tokenizer.all_special_ids)]
+
+    def _prepared_word(self, word: str) -> str:
+        return self.prepare(word)
 
     def tokenize(self, text: str, length: int | None = None) -> Tokens:
         """A prompt's tokens, padded and cut to `length`.
@@ -145,12 +157,18 @@ class ClipText:
         """
         if not self.words:
             return text
-        exact = {**{own: own for own in self.tokenizer.get_added_vocab()}, **self.words}
+        own = self.tokenizer.get_added_vocab()
         lower = {word.lower(): pieces for word, pieces in self.words.items()}
         same = self.tokenizer.tokenize("A") == self.tokenizer.tokenize("a")
-        longest_first = "|".join(map(re.escape, sorted(exact, key=len, reverse=True)))
-        pattern = re.compile(longest_first, re.IGNORECASE if same else 0)
-        return pattern.sub(lambda m: exact.get(m[0]) or lower.get(m[0].lower(), m[0]), text)
+        longest_first = sorted([*own, *self.words], key=len, reverse=True)
+        words = f"(?:{self.before})?({'|'.join(map(re.escape, longest_first))})"
+
+        def written(found: re.Match[str]) -> str:
+            if found[1] in own:
+                return found[0]
+            return self.words.get(found[1]) or lower.get(found[1].lower(), found[0])
+
+        return re.sub(words, written, text, flags=re.IGNORECASE if same else 0)
 
     def encode(self, tokens: Tokens, role: Role, on_token: OnToken | None) -> Embedding:
         """The embedding at stage "prompt", with `on_token`'s answer at stage "token" in it."""
@@ -183,6 +201,7 @@ class ClipText:
 class T5Text(ClipText):
     """A T5 with its tokenizer: as many tokens as a run asks for, by `max_sequence_length`."""
 
+    kind: ClassVar[str] = "t5"
     between: ClassVar[str] = ""
 
     @property
@@ -210,7 +229,9 @@ class QwenText(ClipText):
         most: how many tokens a prompt may have where `padded` does not say so.
     """
 
+    kind: ClassVar[str] = "qwen"
     between: ClassVar[str] = ""
+    before: ClassVar[str] = " "
     layers: tuple[int, ...] = (-2,)
     dropped: int = 0
     padded: bool = False
@@ -225,6 +246,9 @@ class QwenText(ClipText):
     @property
     def _padding(self) -> str | bool:
         return "max_length" if self.padded else False
+
+    def _prepared_word(self, word: str) -> str:
+        return self.before + word  # and no template
 
     def _takes(self, asked: int | None) -> int:
         return asked if self.padded and asked is not None else self.length

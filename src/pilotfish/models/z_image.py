@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .packed import PackedFamily
 from .protocol import Conditioning, Embedding, LatentDiffusion, Role, Site, TextEncoder
+from .sites import block_sites
 from .text import QwenText, chat
 
 
@@ -17,7 +18,7 @@ class ZImage(PackedFamily):
     """Z-Image: its `guidance_scale` counts from 0, where that of others counts from 1."""
 
     pipeline_class = "ZImagePipeline"
-    together = True
+    together = masked = True
 
     transformer: Any
     text_encoder: Any
@@ -42,8 +43,12 @@ class ZImage(PackedFamily):
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Nothing: its attention sees image tokens and as many text tokens as the prompt has."""
-        return ()
+        """The attention that sees image tokens: alone at first, then with text tokens behind."""
+        image = slice(self._tokens)
+        return (
+            *block_sites(self.transformer, "noise_refiner", "attention", "self", image),
+            *block_sites(self.transformer, "layers", "attention", "joint", image),
+        )
 
     def cfg_scale(self, run: Any) -> float | None:
         """`guidance_scale` above 0."""

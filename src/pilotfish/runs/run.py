@@ -189,9 +189,9 @@ class Run(pydantic.BaseModel):
         """The loaded networks, while the run lasts; for hooks."""
         return self._model
 
-    def of_model(self, model: Any) -> Run:
-        """The same, with the networks in it."""
-        run = self.model_copy()
+    def of_model(self, model: Any, particles: int = 1) -> Run:
+        """The same, with the networks in it, for so many candidates of each picture."""
+        run = self.model_copy(update={"num_images": particles * self.num_images})
         run._model = model
         return run
 

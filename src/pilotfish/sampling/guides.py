@@ -10,8 +10,18 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError, PluginError
 from ..guidance import moves
-from ..guidance.gradients import End, LossFault, Pull, all_finite, averaged, cosines, leaf_gradients
-from ..guidance.graph import Leaves, SharedGraph, mark, seconds
+from ..guidance.gradients import (
+    End,
+    Gradients,
+    LossFault,
+    Pull,
+    all_finite,
+    averaged,
+    check_loss,
+    cosines,
+    leaf_gradients,
+)
+from ..guidance.graph import Leaves, SharedGraph, mark, power_of_two, seconds
 from ..guidance.noise import CLEAN, at_least_float32, draw
 from ..guidance.presets import find_preset
 from ..hooks.plugin import Guide
@@ -24,7 +34,7 @@ from .step import Step, StepState
 from .trace import Record, Trace
 
 # The host's own draws, under names that no plugin can have: they change nobody else's.
-RECURRENCE, SAMPLES = "host recurrence", "host samples"
+RECURRENCE, RENEWAL, SAMPLES = "host recurrence", "host renewal", "host samples"
 
 
 class Guides:
@@ -66,15 +76,16 @@ class Guides:
             )
         if reason := self._run.model.refuse_gradients():
             raise ModelError(f"no gradient can be taken: {reason}")
-        if preset.recurrence > 1 and not self._schedule.can_repeat:
+        if (preset.recurrence > 1 or preset.renoise) and not self._schedule.can_repeat:
+            what = "takes steps more than once" if preset.recurrence > 1 else "puts noise back"
             raise InputError(
-                f"preset {preset.name!r} takes steps more than once, and {self._schedule.name} "
-                "goes back to latents that it kept from the step before: use recurrence=1, or a "
+                f"preset {preset.name!r} {what}, and {self._schedule.name} goes back to latents "
+                "that it kept from the step before: use recurrence=1 and renoise=0, or a "
                 "scheduler such as ddim, euler, euler-ancestral or dpmsolver-multistep"
             )
-        if preset.rule == "sphere" and self._stack.calls["advance"]:
+        if (preset.rule == "sphere" or preset.renoise) and self._stack.calls["advance"]:
             raise InputError(
-                f"preset {preset.name!r} turns the noise of the scheduler's step, and a plugin "
+                f"preset {preset.name!r} turns the noise of a step, or draws it anew, and a plugin "
                 "takes the step in its place; use another preset"
             )
 
@@ -98,7 +109,7 @@ class Guides:
     def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         end = self._settings[guide.name].gradient or self.preset.gradient
-        return ("latents", "x0") if end == "both" else (end,)
+        return {"both": moves.ENDS, "none": ()}.get(end, (end,))
 
     def move(
         self, state: StepState, guides: list[Call], cond: Tensor, uncond: Tensor | None
@@ -112,15 +123,19 @@ class Guides:
         graph = SharedGraph(state.x0, self._decode, self._run.model.rgb, start)
         state.detach()
         offsets = self._offsets(state)
-        graphs, pulls = self._pulls(state, guides, graph, offsets)
+        graphs, found = self._pulls(state, guides, graph, offsets)
+        state.losses = {pull.name: pull.loss for pull in found}
+        pulls = [pull for pull in found if pull.ends]
+        self._trace += self._records(state, [pull for pull in found if not pull.ends])
         if not pulls:
             return
 
-        def descend(move: Tensor) -> tuple[list[SharedGraph], list[Pull]]:
-            to_x0 = [guide for guide in guides if "x0" in self._ends(guide)]
-            return self._pulls(state, to_x0, graph.shifted(move), offsets)
+        def descend(move: Tensor, end: End) -> tuple[list[SharedGraph], list[Pull]]:
+            those = [guide for guide in guides if end in self._ends(guide)]
+            return self._pulls(state, those, graph.shifted(move), offsets)
 
-        pull = moves.prompt_pull(state.level, cond, uncond, self._run.cfg_scale or 0.0)
+        scale = self._run.cfg_scale or 0.0
+        pull = moves.prompt_pull(state.level, state.latents, cond, uncond, scale)
         place = moves.Place(state.level, state.following, pull, self._strengths[state.index])
         move = moves.combine(graphs, pulls, self.preset, place, descend)
         self._trace += self._records(state, pulls, move)
@@ -128,6 +143,8 @@ class Guides:
 
     def _apply(self, state: StepState, move: Tensor) -> None:
         """Move what the preset says."""
+        share, following = self.preset.renoise, state.following
+        state.renewed = 1 - following.time if share == "alpha" else share
         if self.preset.rule == "sphere":
             state.direction = move
         elif self.preset.applied_to == "latents":
@@ -152,20 +169,34 @@ class Guides:
     def renoise(self, state: StepState) -> Tensor:
         """The latents of a step that is taken once more: "recurrence", "time travel".
 
-        A step of the DDIM formula (Song et al. 2021, arXiv 2010.02502, equation 12, without noise)
-        to the next noise level, then fresh noise back to this one. The scheduler, whose `step`
-        counts and remembers, knows nothing of it.
+        A step of the DDIM formula to the next noise level, then fresh noise back to this one. The
+        scheduler, whose `step` counts and remembers, knows nothing of it.
         """
-        level, following = state.level, state.following
+        cleaner, level = self.renewed(state), state.level
+        if state.after is not None:
+            cleaner = cleaner + state.after
+        noise = self._noise(RECURRENCE, cleaner)
+        return level.noised(cleaner, state.following, noise).to(state.latents.dtype)
+
+    def renewed(self, state: StepState) -> Tensor:
+        """A step of the DDIM formula, a part `state.renewed` of whose noise is drawn anew.
+
+        Song et al. 2021, arXiv 2010.02502, equation 12, with its sigma_t^2 as that part of the
+        next level's variance.
+        """
+        level, following, part = state.level, state.following, state.renewed
         if state.output is None:
             raise ValueError("no prediction to go on from")
         x0 = level.x0(state.latents, state.output)
-        cleaner = following.alpha * x0 + following.sigma * level.eps(state.latents, x0)
-        if state.after is not None:
-            cleaner = cleaner + state.after
-        latents, model = state.latents, self._run.model
-        noise = model.noise(latents.shape, self._generators.of(RECURRENCE), model.latents_dtype)
-        return level.noised(cleaner, following, noise.to(model.device)).to(latents.dtype)
+        eps = level.eps(state.latents, x0)
+        if part:
+            eps = (1 - part) ** 0.5 * eps + part**0.5 * self._noise(RENEWAL, eps)
+        return following.alpha * x0 + following.sigma * eps
+
+    def _noise(self, name: str, like: Tensor) -> Tensor:
+        model, generators = self._run.model, self._generators.of(name)
+        noise: Tensor = model.noise(like.shape, generators, model.latents_dtype)
+        return noise.to(like)
 
     def remarks(self) -> Iterator[str]:
         """The guides that did nothing in the whole run, or the opposite of what they are for."""
@@ -177,6 +208,8 @@ class Guides:
                 continue
             if not records:
                 yield f"{call.name!r} never gave a loss: no step lies in its window, or it was None"
+            elif not self._ends(call):
+                continue
             elif not any(norm for record in records for norm in record.gradient_norm):
                 yield f"{call.name!r} has a gradient of zero at every step: it moved nothing"
             elif (losses[-1] - losses[0]) * scale > 1e-3 * abs(losses[0] * scale):
@@ -206,12 +239,16 @@ class Guides:
     def _pull(self, state: StepState, guide: Call, graph: SharedGraph) -> Pull | None:
         """One guide's gradient at its leaves; what is wrong with it is dealt with by `on_error`."""
         leaves, start, built = Leaves(graph), mark(graph.device), len(graph.spans)
-        loss, gradients = None, {}
+        gradients: Gradients | None = None
         with self._tolerant(state, guide.name), torch.enable_grad():
             loss = self._stack.call(guide, {"step": Step(state, guide.name, leaves)}, state.where)
             if loss is not None:
-                gradients = leaf_gradients(loss, leaves, self._run.num_images)
-        if not gradients:
+                check_loss(loss, self._run.num_images)
+                loss = at_least_float32(loss)
+                power = power_of_two(loss.detach().abs())
+                scaled, count = loss * power, self._run.num_images
+                gradients = leaf_gradients(scaled, leaves, count) if self._ends(guide) else {}
+        if gradients is None:
             return None
         own, shared = (start, mark(graph.device)), graph.spans[built:]
         if region := self.regions.get(guide.name):
@@ -220,8 +257,9 @@ class Guides:
             name=guide.name,
             scale=self._settings[guide.name].scale,
             ends=self._ends(guide),
-            loss=at_least_float32(loss.detach()).reshape(self._run.num_images).to(graph.device),
+            loss=loss.detach().reshape(-1).to(graph.device),
             gradients=gradients,
+            size=(1 / power).reshape(-1).to(graph.device),
             area=region.area if region else 1.0,
             seconds=lambda: seconds([own]) - seconds(shared),
         )
@@ -257,21 +295,21 @@ class Guides:
         """What each guide did at this step; without a move, what it says of the result."""
         if not pulls:
             return
-        found = [torch.stack([torch.stack([p.loss, p.norm]) for p in pulls])]  # (k, 2, B)
+        found = [torch.stack([torch.stack([p.loss, p.length, p.size]) for p in pulls])]  # (k, 3, B)
         if move is not None:
             outside = torch.stack([self._outside(pull.name, move.value) for pull in pulls])
             found += [torch.stack([move.shares, outside], dim=1), cosines(pulls).permute(1, 2, 0)]
         # All numbers are read at once: a GPU must be waited for each time.
         rows = torch.cat([numbers.to(found[0]) for numbers in found], dim=1).tolist()
         for pull, row in zip(pulls, rows, strict=True):
-            loss, norm, *more = map(tuple, row)
+            loss, lengths, sizes, *more = map(tuple, row)
             share, leak, *between = more or ((), ())
             yield Record(
                 state.index,
                 state.level.sigma,
                 pull.name,
                 loss=loss,
-                gradient_norm=norm,
+                gradient_norm=tuple(n * s for n, s in zip(lengths, sizes, strict=True)),
                 share=share,
                 outside=leak if pull.name in self.regions else (),
                 cosine={
@@ -281,7 +319,7 @@ class Guides:
                 },
                 seconds=pull.seconds(),
                 repeat=state.repeat,
-                final=move is None,
+                final=state.level is CLEAN,
             )
 
     def _outside(self, name: str, move: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ class Sampling:
         self.network = Network(model, run.checkpointing, stack)
         self.model = self.network.model
         self.described = run.resolved(self.model, stack.tables())
-        self.run = self.described.of_model(self.model)
+        self.particles = stack.particles
+        self.run = self.described.of_model(self.model, self.particles)
         known = self.run.height, self.run.width, self.run.steps
         height, width, steps = cast("tuple[int, int, int]", known)  # in a resolved run
+        self.model.size = height, width
         self.shape = self.model.latent_shape(height, width)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
@@ -74,15 +76,19 @@ class Sampling:
                     self.guide(state, cond, uncond)
                     if repeat + 1 < repeats:
                         latents = self.guides.renoise(state)
+                if self.particles > 1:
+                    self._choose(state)
                 latents = outside.held(self.advance(state))
                 self._check_finite(latents, state)
                 self.stack.notify("after_step", state.arguments(), state.where)
-                self.latents = latents = self._resampled(state, latents)
+                if self.particles == 1:
+                    latents = self._resampled(state, latents)
+                self.latents = latents
                 yield Step(state)
                 if state.stopped:
                     latents = outside.held_x0(state.x0).to(latents.dtype)
                     break
-            self.final = outside.result(latents)
+            self.final = outside.result(latents)[:: self.particles]
             self._sum_up(state)
 
     @contextlib.contextmanager
@@ -160,7 +166,10 @@ class Sampling:
             others = partial(seeded, self.run, TURN)
             latents = self.schedule.spherical_step(state, own, others, state.direction)
         else:
-            latents = self.schedule.step(state, own)
+            latents = self.schedule.step(
+                state, own
+            )  # it counts and remembers, also where not taken
+            latents = self.guides.renewed(state).to(latents) if state.renewed else latents
         return latents if state.after is None else latents + state.after.to(latents.dtype)
 
     @cached_property
@@ -239,20 +248,33 @@ class Sampling:
         answer: Tensor = self.stack.chain(hook, value, arguments, tensor_problem, state.where)
         return answer
 
+    def _choose(self, state: StepState) -> None:
+        """Let candidates go on in others' places, before the scheduler's noise parts them."""
+        indices = self._indices(state, state.latents)
+        if indices is not None:
+            state.take(indices)
+
     def _resampled(self, state: StepState, latents: Tensor) -> Tensor:
         """The latents, where a plugin says which images go on in whose place."""
+        indices = self._indices(state, latents)
+        if indices is None:
+            return latents
+        self.generators.resample(indices.tolist())
+        return latents[indices.to(latents.device)]
+
+    def _indices(self, state: StepState, latents: Tensor) -> Tensor | None:
+        """A plugin's answer, (B,) on the CPU; the scheduler's history has followed it."""
         problem = partial(_indices_problem, count=len(latents))
         answer = self.stack.first("resample", state.arguments(), problem, state.where)
         if answer is None:
-            return latents
+            return None
         indices = torch.as_tensor(answer).cpu()
-        self.generators.resample(indices.tolist())
         self.schedule.resample(indices, latents)
-        return latents[indices.to(latents.device)]
+        return indices
 
     def _sum_up(self, state: StepState) -> None:
         """What the trace tells of the whole run."""
-        if self.run.decoder != "vae" and self.final is not None:
+        if self.run.decoder != "vae" and self.final is not None and self.particles == 1:
             self.guides.judge(state, self.final, lambda _: self.finished[1])
         self.trace.remarks = list(self.guides.remarks())
         if self.trace.remarks:

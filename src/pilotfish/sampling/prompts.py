@@ -120,7 +120,7 @@ class Prompts:
             "embedding_transform",
             embedding,
             arguments,
-            lambda new, old: embedding_problem(new, old, self._run.num_images),
+            lambda new, old: embedding_problem(new, old, self._run),
             state.where if state else "",
         )
         return answer
@@ -158,8 +158,13 @@ def collect_vocabulary(
             if word in owners:
                 stack.blame(name, "vocabulary", f"adds {word!r}, as {owners[word]!r} does already")
             owners[word] = name
-            for encoder in encoders:
-                values: Any = vectors.get(encoder.name) if isinstance(vectors, Mapping) else vectors
+            if not isinstance(vectors, Mapping):
+                vectors = dict.fromkeys(words, vectors)
+            if not vectors or vectors.keys() - words.keys():
+                known = f"{list(vectors)} for {word!r}; text encoders are {list(words)}"
+                stack.blame(name, "vocabulary", f"gave vectors for {known}")
+            for encoder in (e for e in encoders if e.name in vectors):
+                values: Any = vectors[encoder.name]
                 if problem := _vector_problem(values, encoder):
                     stack.blame(name, "vocabulary", f"gave {problem} for {word!r}")
                 words[encoder.name][word] = values
@@ -175,12 +180,16 @@ def _vector_problem(values: object, encoder: TextEncoder) -> str | None:
     return None
 
 
-def embedding_problem(answer: Any, old: Embedding, num_images: int) -> str | None:
+def embedding_problem(answer: Any, old: Embedding, run: Any) -> str | None:
     """What is wrong with an `embedding_transform`'s answer."""
     if not isinstance(answer, Embedding):
         return f"returned {type(answer).__name__}; expected an Embedding or None"
-    allowed = {1, num_images} if answer.stage == "prompt" else {1}
-    if len(answer.values) not in allowed or answer.values.shape[1:] != old.values.shape[1:]:
+    allowed = {1, run.num_images} if answer.stage == "prompt" else {1}
+    expected: tuple[int, ...] = old.values.shape[1:]
+    if answer.stage == "prompt" and run.model.masked:  # as many tokens as it names
+        expected = len(answer.tokens), *expected[1:]
+        old = dataclasses.replace(old, tokens=answer.tokens)
+    if len(answer.values) not in allowed or answer.values.shape[1:] != expected:
         return (
             f"returned values of shape {tuple(answer.values.shape)} at stage {answer.stage!r}; "
             f"expected {tuple(old.values.shape)}"

@@ -192,19 +192,23 @@ class Schedule:
         Raises:
             InputError: the scheduler draws no noise, or draws it otherwise.
         """
-        draws = [[copied(g) for g in generators], others()]
-        noises = [draw(state.latents.shape, d, state.latents.dtype).to(direction) for d in draws]
+        before = [copied(g) for g in generators]
         ahead = copy.deepcopy(self._scheduler)
         other = _step(ahead, others(), state.output, state.timestep, state.latents)
         latents, other = self.step(state, generators), other.to(direction)
-        deviation = rms(latents - other) / rms(noises[0] - noises[1])
-        noise = deviation * noises[0]
-        mean, same = latents - noise, other - deviation * noises[1]
-        if state.index + 1 < self.num_steps and not _is_all(noise, mean, same):
+        for dtype in (state.latents.dtype, torch.float32):  # which flows draw in, whatever comes
+            draws = ([copied(g) for g in before], others())
+            noises = [draw(state.latents.shape, d, dtype).to(direction) for d in draws]
+            deviation = rms(latents - other) / rms(noises[0] - noises[1])
+            noise = deviation * noises[0]
+            mean, same = latents - noise, other - deviation * noises[1]
+            if found := _is_all(noise, mean, same):
+                break
+        if state.index + 1 < self.num_steps and not found:
             raise InputError(
                 f"the rule 'sphere' turns the noise that each step adds, and {self.name} adds none "
-                "that can be told from its step; use scheduler='euler-ancestral' or 'ddpm', or "
-                "another preset"
+                "that can be told from its step; use scheduler='euler-ancestral' or 'ddpm', a flow "
+                "with stochastic_sampling, or another preset"
             )
         return moves.spherical(mean, noise, deviation, direction).to(latents.dtype)
 
@@ -220,7 +224,7 @@ def _step(scheduler: Any, generators: Draws, *inputs: Any) -> Tensor:
 
 def _is_all(noise: Tensor, mean: Tensor, same: Tensor) -> bool:
     """Whether two steps differ by their noise alone: they have one mean, and noise there is."""
-    size = float(mean.abs().max())
+    size = float((mean + noise).abs().max())  # a mean of 0 is one too, as of a flow's first step
     drawn = float(noise.abs().max()) > 1e-6 * size
     return drawn and float((mean - same).abs().max()) < 1e-3 * size
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class StepState:
         repeat: how often this step has been taken before.
         after: what the guides add to the step's result.
         direction: where they turn the step's noise, under the rule "sphere".
+        renewed: the part of the next level's noise that is drawn anew, of its variance.
+        losses: see `Step.losses`.
     """
 
     run: Run
@@ -59,6 +61,8 @@ class StepState:
     repeat: int = 0
     after: Tensor | None = None
     direction: Tensor | None = None
+    renewed: float = 0.0
+    losses: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
     _x0: Tensor | None = None
     _views: dict[str, Tensor] = field(default_factory=dict)
@@ -105,6 +109,13 @@ class StepState:
         self.latents = self.latents.detach()
         self.output = None if self.output is None else self.output.detach()
         self._x0 = None if self._x0 is None else self._x0.detach()
+
+    def take(self, indices: Tensor) -> None:
+        """Let images go on in others' places, (B,)."""
+        for name in ("latents", "output", "_x0", "after", "direction"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value[indices.to(value.device)])
+        self._views.clear()
 
     def finished(self, latents: Tensor) -> StepState:
         """The same step once more, at noise level zero, with the finished latents."""
@@ -198,6 +209,11 @@ class Step:
 
     def _shown(self, name: str, build: Callable[[Tensor], Tensor]) -> Tensor:
         return self._leaves(name) if self._leaves else self._state.view(name, build)
+
+    @property
+    def losses(self) -> Mapping[str, Tensor]:
+        """The loss of each guide that was asked at this step, (B,), before its move."""
+        return self._state.losses
 
     @property
     def embeddings(self) -> Tensor:

@@ -44,10 +44,10 @@ class GaussianModel:
 
     id: str | None = None
     folder: Path | None = None
-    device, dtype, factor = torch.device("cpu"), torch.float64, 1
+    device, dtype, factor, size = torch.device("cpu"), torch.float64, 1, (4, 4)
     text_encoders: Sequence[TextEncoder] = ()
     sites: tuple[Site, ...] = ()
-    guidance, together = frozenset({"cfg"}), True
+    guidance, together, masked = frozenset({"cfg"}), True, False
     defaults = Defaults(steps=50, guidance_scale=7.5, height=4, width=4, scheduler="ddim")
     denoiser = None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ValidationInfo, field_validator
+from torch.nn.functional import pad
 
 from pilotfish import InputError, Plugin, Setting
 
@@ -143,18 +144,27 @@ def alternatives(pieces: Sequence[str | Mark], mark: Mark) -> dict[str, float]:
 
 
 def mix(embeddings: Sequence[Embedding], weights: Sequence[float], mode: str) -> Embedding:
-    """The first embedding with the mean of all in it, pooled ones alike."""
-    lengths = [e.values.shape[1] for e in embeddings]
-    if len(set(lengths)) > 1:
-        raise InputError(
-            f"blend: the prompts have {lengths} tokens in {embeddings[0].encoder}, and this model "
-            "fills none up to a common length: give prompts of equal length"
-        )
-    values = mixed([e.values for e in embeddings], weights, mode)
-    pooled = [e.pooled for e in embeddings if e.pooled is not None]
+    """The first embedding with the mean of all in it, pooled ones alike.
+
+    Where prompts are not filled up to one length, the mean is as long as the longest that has a
+    weight, and shorter ones end in zeros, as in ComfyUI's ConditioningAverage.
+    """
+    used = [e for e, weight in zip(embeddings, weights, strict=True) if weight > 0]
+    weights = [weight for weight in weights if weight > 0]
+    longest = max(used, key=length)
+    values = [pad(e.values, (0, 0, 0, length(longest) - length(e))) for e in used]
+    pooled = [e.pooled for e in used if e.pooled is not None]
     return replace(
-        embeddings[0], values=values, pooled=mixed(pooled, weights, mode) if pooled else None
+        embeddings[0],
+        values=mixed(values, weights, mode),
+        pooled=mixed(pooled, weights, mode) if pooled else None,
+        tokens=longest.tokens if length(longest) != length(embeddings[0]) else embeddings[0].tokens,
     )
+
+
+def length(embedding: Embedding) -> int:
+    """T, its tokens."""
+    return embedding.values.shape[1]
 
 
 # ---- the schedule ----

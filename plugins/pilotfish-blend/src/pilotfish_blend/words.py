@@ -98,8 +98,7 @@ class Words(Plugin):
 
     def _ids(self, word: str, encoder: Any) -> list[int]:
         tokenizer = encoder.tokenizer
-        around = set(tokenizer.all_special_ids)  # start, end and padding
-        ids = [i for i in encoder.tokenize(word).ids[0].tolist() if i not in around]
+        ids: list[int] = encoder.ids(word)
         if word.startswith("<") and tokenizer.convert_ids_to_tokens(ids[:1]) != [word]:
             raise InputError(
                 f"{self.kind}: {encoder.name} has no word {word}; a word that another plugin of "

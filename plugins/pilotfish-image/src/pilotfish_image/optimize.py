@@ -76,7 +76,7 @@ class Optimize(Plugin):
         if state.done.all():
             step.stop(state.result)
         # What the noise must fall by, in the coordinates of this step's latents.
-        fall = step.sigma - step.alpha * step.next_sigma / step.next_alpha
+        fall = step.sigma - step.next_sigma / growth(step)
         latents = state.stepped(step.latents, step.eps, self._rate(step.progress) * fall)
         return projected(latents, step).to(step.latents.dtype)
 
@@ -135,9 +135,14 @@ def projected(latents: Tensor, step: Step) -> Tensor:
     """
     noise = latents - step.alpha * step.x0
     size, most = rms(noise), step.next_sigma * rms(step.eps)
-    stays = step.next_alpha / step.alpha if step.alpha else math.inf
-    factor = torch.where(size > 0, most / size, 0).clamp(max=stays)
+    factor = torch.where(size > 0, most / size, 0).clamp(max=growth(step))
     return step.next_alpha * step.x0 + factor * noise
+
+
+def growth(step: Step) -> float:
+    """What brings latents of this step into the coordinates of the next: 1 for nothing but noise,
+    as flows and zero terminal SNR begin, which holds no x0 to be kept."""
+    return step.next_alpha / step.alpha if step.alpha else 1.0
 
 
 def rms(tensor: Tensor) -> Tensor:

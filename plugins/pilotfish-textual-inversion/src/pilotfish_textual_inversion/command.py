@@ -77,6 +77,7 @@ def train(
 
     from .trainer import train as learn
 
-    vectors = learn(pilotfish.load(model, device=device, dtype=dtype), pictures, out, plan)
-    count, width = vectors.shape
-    click.echo(f"{out}  {plan.token}: {count} x {width}\n{out.with_suffix('.png')}  samples")
+    word = learn(pilotfish.load(model, device=device, dtype=dtype), pictures, out, plan)
+    several = word.items() if isinstance(word, dict) else [("", word)]
+    sizes = ", ".join(f"{len(v)} x {v.shape[1]} {name}".strip() for name, v in several)
+    click.echo(f"{out}  {plan.token}: {sizes}\n{out.with_suffix('.png')}  samples")

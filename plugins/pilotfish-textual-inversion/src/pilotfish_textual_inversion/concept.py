@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,11 @@ from pydantic import field_validator
 
 from pilotfish import InputError, Plugin, Setting
 
-from .files import Words, read
+from .files import T5, Words, read
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pilotfish import Run
 
 
@@ -45,7 +48,11 @@ class Concept(Plugin):
 
     def prompt_transform(self, prompt: str, run: Run) -> None:
         """Only look: here the prompt is what the plugins before this one have made of it."""
-        said = f"{prompt} {run.negative_prompt or ''}".lower()  # as most tokenizers read it
+        # Each encoder may have a prompt of its own; the word can stand in another one's.
+        others = run.prompt if isinstance(run.prompt, Mapping) else ""
+        said = (
+            f"{prompt} {others} {run.negative_prompt or ''}".lower()
+        )  # as most tokenizers read it
         for word in self._words:
             if word.lower() not in said:
                 warnings.warn(
@@ -56,28 +63,47 @@ class Concept(Plugin):
                 )
 
     def vocabulary(self, run: Run) -> Words:
-        encoders = {encoder.name: encoder for encoder in run.model.text_encoders}
+        encoders = {part_of(encoder): encoder for encoder in run.model.text_encoders}
         for word, parts in self._words.items():
-            if parts.keys() != encoders.keys():
-                raise InputError(
-                    f"plugin 'concept': {self.settings.file} holds vectors for "
-                    f"{' and '.join(parts)}; this model has {' and '.join(encoders)}. "
-                    "It was made for another model family."
-                )
-            for name, vectors in parts.items():
-                self._check_fit(word, vectors.shape, encoders[name])
-        return self._words
+            self._check_fit(word, parts, encoders)
+        return {
+            word: {encoders[part].name: vectors for part, vectors in parts.items()}
+            for word, parts in self._words.items()
+        }
 
-    def _check_fit(self, word: str, shape: tuple[int, ...], encoder: Any) -> None:
-        count, width = shape
-        takes, room = encoder.width, encoder.length - 2  # beside the start and the end
-        if width != takes:
+    def _check_fit(self, word: str, parts: Mapping[str, Tensor], encoders: dict[str, Any]) -> None:
+        where = f"plugin 'concept': {self.settings.file} holds"
+        # A T5 for which there are no vectors reads the word as text, as in diffusers.
+        asked = [part for part in encoders if part in parts or part != T5]
+        if parts.keys() != set(asked):
+            missing = [
+                f"{part}, which takes width {encoders[part].width}"
+                for part in asked
+                if part not in parts
+            ]
             raise InputError(
-                f"plugin 'concept': {self.settings.file} holds vectors of width {width}, but this "
-                f"model's {encoder.name} takes {takes}. It was made for another model family."
+                f"{where} vectors for {' and '.join(parts)}; this model has {' and '.join(asked)}. "
+                "It was made for another model family."
+                + (f" Missing: {' and '.join(missing)}." if missing else "")
             )
-        if count > room:
-            raise InputError(
-                f"plugin 'concept': {self.settings.file} holds {count} vectors for {word!r}; "
-                f"a prompt has room for {room}"
-            )
+        swapped = sorted(v.shape[1] for v in parts.values()) == sorted(
+            encoders[part].width for part in asked
+        )
+        for part, vectors in parts.items():
+            encoder, (count, width) = encoders[part], vectors.shape
+            room = encoder.length - encoder.tokenizer.num_special_tokens_to_add()
+            if width != encoder.width:
+                raise InputError(
+                    f"{where} vectors of width {width}, but this model's {encoder.name} takes "
+                    f"{encoder.width}. It was made for another model family"
+                    + (", or its encoders are swapped." if swapped else ".")
+                )
+            if count > room:
+                raise InputError(
+                    f"{where} {count} vectors for {word!r}; a prompt has room for {room}"
+                )
+
+
+def part_of(encoder: Any) -> str:
+    """What files call a text encoder: its name, but for a T5, whose name differs by family."""
+    return T5 if encoder.kind == T5 else str(encoder.name)

@@ -3,9 +3,9 @@
 What is read: `{token: tensor}` in .safetensors or .bin (diffusers, the concepts library), .pt of
 AUTOMATIC1111 (`string_to_param`), of the original textual_inversion repository and of InvokeAI's
 trainer (the same as a `torch.nn.ParameterDict`), a bare tensor, a tensor without a name
-(`emb_params`), and pairs for Stable Diffusion XL (`clip_l`, `clip_g`). Numbers and text beside
-them are passed over. Pickles are read with `weights_only=True`, and only after a look at their
-operations: they can hold tensors, and run nothing.
+(`emb_params`), and vectors for several text encoders (`clip_l`, `clip_g`, `t5`). Numbers and text
+beside them are passed over. Pickles are read with `weights_only=True`, and only after a look at
+their operations: they can hold tensors, and run nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from pilotfish import InputError
 
 Words = dict[str, dict[str, Tensor]]  # {word: {text encoder: (n, D)}}, float32
 
-ENCODER = "text_encoder"
-PAIR = {"clip_l": ENCODER, "clip_g": "text_encoder_2"}  # of Stable Diffusion XL
-UNNAMED = ("*", "emb_params", *PAIR)  # keys that say what is there, not how it is called
+ENCODER, T5 = "text_encoder", "t5"
+# What trainers call the text encoders; a T5 is the second of one family, and the third of another.
+ENCODERS = {"clip_l": ENCODER, "clip_g": "text_encoder_2", "t5": T5, "t5xxl": T5}
+UNNAMED = ("*", "emb_params")  # keys that say what is there, not how it is called
 PICKLED = (".bin", ".pt")
 ZIPPED = b"PK\x03\x04"  # how torch tells its formats apart
 LARGEST = 16 * 2**20  # bytes; 75 vectors of both of XL's widths are 0.6 MB
@@ -45,7 +46,7 @@ MOST_OPERATIONS = 6_000  # of a pickle; a word takes 30 to 70, and time can grow
 LONGEST = 200  # characters of a word
 LAYOUTS = (
     "{token: tensor} (diffusers), string_to_param (AUTOMATIC1111, textual_inversion, InvokeAI), "
-    "one tensor, or clip_l and clip_g (Stable Diffusion XL)"
+    "one tensor, or clip_l, clip_g and t5 (Stable Diffusion XL and others of several text encoders)"
 )
 # What torch.save names for dense tensors, parameters and dictionaries of them. It is much less than
 # weights_only allows, which can be made to allocate or to compute without end.
@@ -64,6 +65,7 @@ _SAFE_GLOBALS = threading.Lock()  # torch has one list of them for all threads
 def read(path: str | Path, token: str | None = None) -> Words:
     """The words of a file with their vectors (n, D), by text encoder: `{word: {encoder: vectors}}`.
 
+    Encoders are "text_encoder" and "text_encoder_2", the model's CLIPs, and "t5".
     A file that names no word gives its own name, without the ending.
 
     Args:
@@ -91,8 +93,12 @@ def read(path: str | Path, token: str | None = None) -> Words:
     }
 
 
-def write(path: str | Path, word: str, vectors: Tensor) -> Path:
+def write(path: str | Path, word: str, vectors: Tensor | Mapping[str, Tensor]) -> Path:
     """Write a word's vectors (n, D) as diffusers does, so that a reader never sees half a file.
+
+    Args:
+        vectors: one encoder's, or by text encoder as `read` gives them. Then the file has `clip_l`,
+            `clip_g` and `t5`, and the word stands in its metadata.
 
     Raises:
         InputError: the name does not end in .safetensors, or the place cannot be written.
@@ -100,8 +106,13 @@ def write(path: str | Path, word: str, vectors: Tensor) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise InputError(f"cannot write {path}: end its name in .safetensors")
-    content = {word: vectors.detach().float().cpu().contiguous()}
-    return replace(path, lambda part: save_file(content, part))
+    about: dict[str, Any] = {}
+    if not isinstance(vectors, Tensor):
+        keys = {encoder: key for key, encoder in reversed(ENCODERS.items())}
+        vectors, about = {keys[n]: v for n, v in vectors.items()}, {"metadata": {"name": word}}
+    named = {word: vectors} if isinstance(vectors, Tensor) else vectors
+    content = {key: value.detach().float().cpu().contiguous() for key, value in named.items()}
+    return replace(path, lambda part: save_file(content, part, **about))
 
 
 def replace(path: Path, save: Callable[[Path], object]) -> Path:
@@ -155,12 +166,13 @@ def _check_size(size: int) -> None:
         raise _Refused("it is empty")
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """What a .safetensors file holds."""
+def _tensors(path: Path) -> dict[str, Any]:
+    """What a .safetensors file holds, and the name in its metadata."""
     with safe_open(path, framework="pt") as file:
         names = file.keys()
         _check_count(len(names))
-        return {name: file.get_tensor(name) for name in names}
+        own = {"name": (file.metadata() or {}).get("name")}
+        return {**own, **{name: file.get_tensor(name) for name in names}}
 
 
 def _check_count(words: int) -> None:
@@ -246,8 +258,8 @@ def _words(content: Any, path: Path) -> dict[str, dict[str, Any]]:
         if not _hold_vectors(params):
             found = _listed(entries) if entries else type(content).__name__
             raise InputError(f"{path} has an unknown layout ({found}); known: {LAYOUTS}")
-    if params.keys() == PAIR.keys():
-        return {name: {PAIR[key]: params[key] for key in PAIR}}
+    if params.keys() <= ENCODERS.keys():
+        return {name: {ENCODERS[key]: params[key] for key in ENCODERS if key in params}}
     words = {name if k in UNNAMED else k: {ENCODER: v} for k, v in params.items()}
     if not 0 < len(words) == len(params) <= MOST_WORDS:
         raise InputError(
@@ -272,14 +284,16 @@ def _is_aside(value: Any) -> bool:
 
 
 def _hold_vectors(values: Mapping[Any, Any]) -> bool:
-    """Whether the values can be embeddings of one encoder, or of a pair: a LoRA's have many widths.
+    """Whether the values can be embeddings of one encoder, or of several that have names.
+
+    A LoRA's have many widths.
 
     What else is wrong with them is told later, with the word.
     """
     if not values or not all(isinstance(v, Tensor) for v in values.values()):
         return False
     widths = {tuple(v.shape[-1:]) for v in values.values()}
-    return len(widths) == 1 or values.keys() == PAIR.keys()
+    return len(widths) == 1 or values.keys() <= ENCODERS.keys()
 
 
 def _check_word(word: Any, path: Path) -> None:

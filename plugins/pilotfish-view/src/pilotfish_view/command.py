@@ -111,7 +111,7 @@ def view_schedule(scheduler: str, steps: int, model: str | None, out: str | None
     from . import schedule
 
     networks = loaded(model, out).model
-    tell(schedule(networks.new_scheduler(scheduler), steps), out)
+    tell(schedule(networks.new_scheduler(scheduler), steps, networks), out)
 
 
 @view.command("tokens")

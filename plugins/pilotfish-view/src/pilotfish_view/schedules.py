@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pilotfish
@@ -58,18 +59,25 @@ class Schedule(Shown):
         return rendered(figure)
 
 
-def schedule(scheduler: Any, steps: int = 50) -> Schedule:
+def schedule(scheduler: Any, steps: int = 50, model: Any = None) -> Schedule:
     """The noise levels of a diffusers scheduler, which stays as it is.
 
     Args:
         scheduler: any; `sampler.model.new_scheduler("euler")` makes one to the model's measure.
         steps: asked for; two-stage schedulers make nearly twice as many.
+        model: `sampler.model`, which chooses them as in a run of its usual size: many flows take
+            more noise for larger pictures. None is the scheduler's own choice.
 
     Raises:
         InputError: the scheduler cannot take so many steps.
         ModelError: the scheduler's noise levels are of no known kind.
     """
-    found = pilotfish.Schedule(type(scheduler).from_config(scheduler.config), steps)
+    own = type(scheduler).from_config(scheduler.config)
+    if model is None:
+        found = pilotfish.Schedule(own, steps)
+    else:
+        shape = model.latent_shape(model.defaults.height, model.defaults.width)
+        found = pilotfish.Schedule(own, steps, partial(model.set_timesteps, shape=shape))
     return Schedule(
         found.name,
         tuple(found.timesteps.tolist()),
