@@ -3,8 +3,8 @@
     python benchmarks/pull.py --models emoji         # about two minutes; without, both that ship
 
 `rms` measures a guide's move in the prompt's own pull, `guidance_scale * RMS(cond - uncond)`.
-Printed: that pull as a fraction of the prediction over unguided runs, and the constant with which
-`blue` at scale 1 goes as far without classifier-free guidance as it does with it.
+Printed: that pull as a fraction of the predicted noise over unguided runs, and the constant with
+which `blue` at scale 1 goes as far without classifier-free guidance as it does with it.
 """
 
 from __future__ import annotations
@@ -33,20 +33,28 @@ RESULT = Path(__file__).parent / "results" / "pull.json"
 
 
 class Watch(pilotfish.Plugin):
-    """Notes RMS(cond - uncond) / RMS(cond) of every step and image; changes nothing."""
+    """Notes RMS(cond - uncond) / RMS(cond) of the noise that is predicted; changes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ratios: list[Tensor] = []
 
-    def combine_predictions(self, cond: Tensor, uncond: Tensor | None) -> None:
+    def setup(self, run: pilotfish.Run) -> bool:
+        """Whether it is a flow: then predictions are velocities, noise - x0."""
+        return "prediction_type" not in run.model.new_scheduler(None).config
+
+    def combine_predictions(
+        self, cond: Tensor, uncond: Tensor | None, step: pilotfish.Step, state: bool
+    ) -> None:
         """Unchanged."""
         if uncond is not None:
-            self.ratios.append((rms(cond - uncond) / rms(cond)).flatten())  # (B,)
+            noise = step.latents + step.alpha * cond if state else cond
+            difference = (cond - uncond) * (step.alpha if state else 1)
+            self.ratios.append((rms(difference) / rms(noise)).flatten())  # (B,)
 
 
 def pulls(sampler: pilotfish.Sampler, guidance_scale: float) -> Tensor:
-    """The prompt's pull at each step of unguided runs, as a fraction of the prediction."""
+    """The prompt's pull at each step of unguided runs, as a fraction of the predicted noise."""
     watch = Watch()
     sampler(plugins=[prompts(), watch], guidance_scale=guidance_scale, **RUN)
     return guidance_scale * torch.stack(watch.ratios)  # (steps, B)
