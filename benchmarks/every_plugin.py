@@ -70,6 +70,7 @@ PLAN = Plan(
 
 PROMPT = {"prompt": "a {object} on a {background} background"}
 NO_PROMPT = {"prompt": "", "guidance_scale": 1.0}
+SHOWN = ("own", "object", "background")  # of a row's numbers
 
 
 @dataclass(frozen=True)
@@ -361,14 +362,16 @@ def measured(lab: Lab, name: str) -> dict[str, float | int | str]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Both models side by side as Markdown."""
-    columns = " | ".join(f"{model}: its own | object | background" for model in result)
-    lines = [
-        f"| plugin | its own measure | {columns} |",
-        "|---|---|" + "---:|---:|---:|" * len(result),
-    ]
+    columns = " | ".join(f"{model}: pictures | its own | object | background" for model in result)
+    lines = [f"| plugin | its own measure | {columns} |"]
+    lines += ["|---|---|" + "---:|---:|---:|---:|" * len(result)]
     for name, row in ROWS.items():
         found = [model["rows"].get(name, {}) for model in result.values()]
-        cells = [percent(f.get(key)) for f in found for key in ("own", "object", "background")]
+        cells = [
+            cell
+            for f in found
+            for cell in (str(f.get("pictures", "")), *map(percent, (f.get(k) for k in SHOWN)))
+        ]
         lines.append(f"| {name} | {row.measure} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -419,7 +422,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result[model]["rows"][row] = measured(lab, row)
             print(model, row, result[model]["rows"][row], flush=True)
             write(result, args.out)
-        sheet(lab, args.rows, args.docs / f"every-plugin-{model}.png")
+        done = [row for row in ROWS if row in result[model]["rows"]]
+        sheet(Lab(model, 1), done, args.docs / f"every-plugin-{model}.png")
     fill(args.docs / "guidance.md", {"both": table(result)}, "plugins")
 
 

@@ -1,6 +1,7 @@
 """The table of every plugin on both models: its scenes, its measures, and what the page shows."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,12 @@ def table(monkeypatch):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     return module
+
+
+@pytest.fixture
+def result():
+    """What the last run measured."""
+    return json.loads((BENCHMARKS / "results" / "every_plugin.json").read_text("utf-8"))
 
 
 def painted(table, lab, monkeypatch, pictures):
@@ -117,3 +124,15 @@ def test_the_judge_of_each_model_is_asked_for_the_scenes_own_words(
     painted(table, lab, monkeypatch, {"blend": torch.zeros(3, 64, 64)})
     found = table.measured(lab, "blend")
     assert (found["own"], found["object"], found["background"]) == (0.5, 1.0, 0.5)
+
+
+def test_the_table_of_the_page_is_that_of_the_results(table, result):
+    page = (ROOT / "docs" / "guidance.md").read_text("utf-8")
+    assert table.table(result) in page, "run python benchmarks/every_plugin.py"
+
+
+def test_the_results_are_of_the_weights_that_ship(table, result):
+    assert tuple(result) == MODELS
+    for model, found in result.items():
+        assert found["weights"] == table.weights(model), "run python benchmarks/every_plugin.py"
+        assert set(found["rows"]) <= set(table.ROWS)
