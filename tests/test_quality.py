@@ -14,6 +14,7 @@ import torch
 
 import pilotfish
 from pilotfish.hooks.registry import resolve
+from pilotfish.testing import random_sampler
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -89,6 +90,16 @@ def test_a_batch_is_made_again_when_anything_that_it_depends_on_changes(curves):
     assert len(names) == 8
     same = [points.Series(task, "unguided") for task in ("blue", "palette")]
     assert len({points.Point(s).file("a", 0) for s in same}) == 1
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "sd3"])
+def test_each_image_of_a_batch_has_the_prompt_that_it_would_have_alone(curves, family):
+    sampler = random_sampler(family=family)
+    texts, run = ["a red cat", "blue"], {"steps": 2, "guidance_scale": 4}
+    prompts = curves.pictures.Prompts(texts)
+    together = sampler(plugins=[prompts], num_images=2, seed=5, **run).latents
+    alone = [sampler(text, seed=5 + i, **run).latents for i, text in enumerate(texts)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cutouts", [0, 3])

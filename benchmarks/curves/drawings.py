@@ -73,11 +73,11 @@ def table(rows: Sequence[Row], least_distance: float, task: str) -> str:
     return "\n".join([*lines, f"| as many fresh pictures | | | | {least_distance:.0f} | | |"])
 
 
-def fill(page: Path, tables: Mapping[str, str]) -> None:
-    """Put tables into a page, between `<!-- quality: TASK -->` and `<!-- end -->`."""
+def fill(page: Path, tables: Mapping[str, str], kind: str = "quality") -> None:
+    """Put tables into a page, between `<!-- KIND: TASK -->` and `<!-- end -->`."""
     text = page.read_text("utf-8")
     for task, table in tables.items():
-        before, mark, rest = text.partition(f"<!-- quality: {task} -->\n")
+        before, mark, rest = text.partition(f"<!-- {kind}: {task} -->\n")
         if mark:
             text = f"{before}{mark}{table}\n{rest[rest.index('<!-- end -->') :]}"
     page.write_text(text, "utf-8")

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,23 @@ from .points import BATCH, Point, labels, texts
 class Prompts(pilotfish.Plugin):
     """Gives each image of a batch its own prompt."""
 
-    def __init__(self, model: Any, prompts: Sequence[str]) -> None:
+    def __init__(self, prompts: Sequence[str]) -> None:
         super().__init__()
-        tokenizer, encoder = model.tokenizer, model.text_encoder
-        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids = tokenizer(list(prompts), max_length=tokenizer.model_max_length, **options).input_ids
-        with torch.no_grad():
-            self._values = encoder(ids.to(encoder.device))[0]  # (B, T, D)
+        self._prompts = prompts
 
-    def embedding_transform(self, embedding: pilotfish.Embedding) -> pilotfish.Embedding | None:
-        """The positive prompts."""
+    def embedding_transform(
+        self, embedding: pilotfish.Embedding, encode: Callable[[str], pilotfish.Embedding]
+    ) -> pilotfish.Embedding | None:
+        """The positive prompts, of every text encoder."""
         if (embedding.stage, embedding.role) != ("prompt", "positive"):
             return None
-        return dataclasses.replace(embedding, values=self._values)
+        each = [encode(prompt) for prompt in self._prompts]
+        pooled = [e.pooled for e in each if e.pooled is not None]
+        return dataclasses.replace(
+            embedding,
+            values=torch.cat([e.values for e in each]),  # (B, T, D)
+            pooled=torch.cat(pooled) if pooled else None,
+        )
 
 
 class Turned:
@@ -129,7 +133,7 @@ class Lab:
         """What gives each image its prompt or its label."""
         plugins: list[Any] = []
         if point.series.prompted:
-            plugins.append(Prompts(self.sampler.model, texts(point.series, batch)))
+            plugins.append(Prompts(texts(point.series, batch)))
         if guide := point.guide:
             if point.series.task == "label":
                 wanted = [o for o, _ in labels(point.series, batch)]
