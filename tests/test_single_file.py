@@ -238,7 +238,8 @@ def test_the_command_line_and_a_run_file_name_file_and_configuration(made, file,
     assert f"config {str(folder)!r}, a folder or a download" in refused.output
     dry = CliRunner().invoke(main, [*command, "--dry-run"])
     assert "50" in dry.output
-    other = CliRunner().invoke(main, ["generate", "--run", str(run), "--model", str(folder)])
+    whole = ["generate", "--run", str(run), "--model", str(folder), "--out", str(again)]
+    other = CliRunner().invoke(main, whole)
     assert other.exit_code == 0, other.output
 
 

@@ -131,7 +131,7 @@ def test_blue_at_its_default_scale_halves_its_loss_and_keeps_the_object() -> Non
 
 @pytest.mark.slow
 def test_pictures_show_what_the_prompts_ask_for() -> None:
-    wishes = plain_wishes(64, 7, WORLD)
+    wishes = plain_wishes(32, 7, WORLD)
     images = sample(pipe(), [wish.prompt for wish in wishes], seed=7)
     found = rates(judge.load(FOLDER, objects=OBJECTS), images, wishes)
     assert found["object"] >= 0.9
