@@ -18,6 +18,7 @@ from .guidance.presets import PRESETS, Preset
 from .hooks.area import Area
 from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
+from .hooks.strength import Strength, strength_at
 
 if TYPE_CHECKING:
     from .cli.changes import changed
@@ -70,6 +71,7 @@ __all__ = [
     "Start",
     "Step",
     "Stream",
+    "Strength",
     "Trace",
     "area_weights",
     "at_least_float32",
@@ -89,6 +91,7 @@ __all__ = [
     "read_picture",
     "save_picture",
     "split_values",
+    "strength_at",
     "to_pil",
     "whole_file",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -35,15 +36,16 @@ def check_strength(value: Any) -> float | Curve:
 
 
 Strength = Annotated[float | Curve, BeforeValidator(check_strength)]
+"""A setting: a number, or a curve over the run `[[progress, strength], ...]`; see `strength_at`."""
 
 
-def strength_at(strength: float | Curve, progress: float) -> float:
+def strength_at(strength: float | Sequence[Sequence[float]], progress: float) -> float:
     """The number, or the curve at a fraction of the run: straight lines between its points.
 
     Before its first point and after its last one it stays as it is there; of two points at one
     moment the later one counts from that moment on.
     """
-    if not isinstance(strength, tuple):
+    if isinstance(strength, int | float):
         return strength
     after = bisect_right(strength, progress, key=lambda point: point[0])
     if after in (0, len(strength)):

@@ -9,21 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from peft import inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import field_validator
 from safetensors import safe_open
 from torch import nn
 
-from pilotfish import InputError, ModelError, Plugin, Setting
+from pilotfish import InputError, ModelError, Plugin, Setting, Strength, strength_at
 
 from .loading import fitting
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
-
-Points = tuple[tuple[float, float], ...]
 
 
 class Lora(Plugin):
@@ -39,26 +35,11 @@ class Lora(Plugin):
             description="the LoRA: .safetensors of diffusers, PEFT or kohya's trainer",
             examples=["style.safetensors"],
         )
-        weight: float | Points = Setting(
+        weight: Strength = Setting(
             1.0,
-            description="strength, 0 is off; or points [moment, strength] with straight lines "
-            "between, moments in fractions of the run. Text encoders take that of the beginning",
+            description="strength, 0 is off; or a curve over the run, [[progress, strength], ...], "
+            "with straight lines between the points. Text encoders take that of the beginning",
         )
-
-        @field_validator("weight")
-        @classmethod
-        def _in_order(cls, weight: float | Points) -> float | Points:
-            if isinstance(weight, tuple):
-                moments = [moment for moment, _ in weight]
-                if (
-                    not moments
-                    or moments != sorted(moments)
-                    or not 0 <= moments[0] <= moments[-1] <= 1
-                ):
-                    raise ValueError(
-                        "a number, or points [moment, strength] by moment, from 0 to 1"
-                    )
-            return weight
 
     def setup(self, run: Run) -> Adapter:
         model, file = run.model, self.settings.file
@@ -86,19 +67,11 @@ class Lora(Plugin):
         for network in networks:
             network.requires_grad_(False)
         adapter = Adapter(name, [layer for layer in layers(networks) if name in layer.scaling])
-        adapter.weigh(self._weight(0.0))
+        adapter.weigh(strength_at(self.settings.weight, 0.0))
         return adapter
 
     def before_step(self, step: Step, state: Adapter) -> None:
-        state.weigh(self._weight(step.progress))
-
-    def _weight(self, progress: float) -> float:
-        """At a moment of the run, 0 to 1."""
-        weight = self.settings.weight
-        if isinstance(weight, tuple):
-            moments, weights = zip(*weight, strict=True)
-            return float(np.interp(progress, moments, weights))
-        return float(weight)
+        state.weigh(strength_at(self.settings.weight, step.progress))
 
 
 @dataclass(frozen=True)

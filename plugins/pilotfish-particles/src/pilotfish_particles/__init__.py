@@ -7,12 +7,12 @@ What is better the run's guides say, by their losses: those that move the run to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from pilotfish import InputError, Plugin, Setting, at_least_float32
+from pilotfish import InputError, Plugin, Setting, at_least_float32, strength_at
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
@@ -60,7 +60,8 @@ class Search(Plugin):
 
     def scales(self, run: Run) -> Scales:
         """Of the guides that the search goes by."""
-        found = {t["name"]: ending(t["scale"]) for t in run.plugins if {"scale", "every"} <= {*t}}
+        guides = [table for table in run.plugins if {"scale", "every"} <= table.keys()]
+        found = {t["name"]: strength_at(t["scale"], 1.0) for t in guides}
         names = self.settings.guides or list(found)
         missing = [name for name in names if name not in found]
         if missing or not names:
@@ -255,11 +256,6 @@ class Weighed(Lineage):
         for name in ("log_weights", "past", "last", "highest", "total"):
             setattr(self, name, getattr(self, name).gather(1, chosen))
         self.log_weights = torch.where(anew[:, None], 0, self.log_weights)
-
-
-def ending(scale: Any) -> float:
-    """A guide's scale; of a curve over the run, where that ends."""
-    return float(scale[-1][1] if isinstance(scale, list | tuple) else scale)
 
 
 def identity(like: Tensor) -> Tensor:
