@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,29 +282,38 @@ def build(model: Model, dtype: torch.dtype = torch.bfloat16) -> Any:
 def network_bytes(model: Model, built: Any, checkpointing: str) -> tuple[int, int]:
     """What one prediction keeps, and the most that a layer of it does."""
     ready = built.differentiable(checkpointing)
-    kept, largest = Kept(ready.denoiser), [0]
-    for part in parts(ready.denoiser) if checkpointing == "off" else ():
-        watch(part, kept, largest)
-    shape = ready.latent_shape(model.pixels, model.pixels)
-    latents = torch.empty(1, *shape, dtype=ready.latents_dtype, device="meta").requires_grad_()
     told = {n: torch.empty(s, dtype=ready.dtype, device="meta") for n, s in model.told.items()}
-    with kept.counting():
-        output = ready.predict(latents, torch.empty((), device="meta"), Conditioning(told))
-    assert output.requires_grad
-    return kept.bytes, largest[0]
+
+    def predicted(latents: Tensor) -> Tensor:
+        return ready.predict(latents, torch.empty((), device="meta"), Conditioning(told))
+
+    latents = empty_latents(model, ready, ready.latents_dtype)
+    return counted(ready.denoiser, checkpointing, predicted, latents)
 
 
 def decoder_bytes(model: Model, built: Any, checkpointing: str) -> tuple[int, int]:
     """The same of the VAE's decoder."""
     ready = built.differentiable(checkpointing)
-    kept, largest = Kept(ready.vae), [0]
-    for part in parts(ready.vae) if checkpointing == "off" else ():
-        watch(part, kept, largest)
+    latents = empty_latents(model, ready, ready.dtype)
+    return counted(ready.vae, checkpointing, ready.decode, latents)
+
+
+def empty_latents(model: Model, ready: Any, dtype: torch.dtype) -> Tensor:
+    """Of its usual size, without values, a gradient's leaf."""
     shape = ready.latent_shape(model.pixels, model.pixels)
-    latents = torch.empty(1, *shape, dtype=ready.dtype, device="meta").requires_grad_()
+    return torch.empty(1, *shape, dtype=dtype, device="meta").requires_grad_()
+
+
+def counted(
+    network: nn.Module, checkpointing: str, run: Callable[[Tensor], Tensor], latents: Tensor
+) -> tuple[int, int]:
+    """What autograd keeps of a run through the network, and the most that a layer of it does."""
+    kept, largest = Kept(network), [0]
+    for part in parts(network) if checkpointing == "off" else ():
+        watch(part, kept, largest)
     with kept.counting():
-        image = ready.decode(latents)
-    assert image.requires_grad
+        output = run(latents)
+    assert output.requires_grad
     return kept.bytes, largest[0]
 
 

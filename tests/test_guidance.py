@@ -70,7 +70,7 @@ def step_of(losses, end, preset, model, batch=2, scales=None):
             leaves = Leaves(trunk)
             value = loss(leaves)
             scale = 1.0 if scales is None else scales[i]
-            gradients = leaf_gradients(value, leaves, batch)
+            gradients = leaf_gradients(value, leaves)
             pulls.append(Pull(str(i), scale, (end,), value.detach(), gradients))
     move = combine([trunk], pulls, preset, place_of(batch))
     return move.value, move.shares, latents
@@ -192,7 +192,7 @@ def test_guides_with_both_gradient_ends_add_up(preset):
         for loss, end in ((LOSSES[0], "x0"), (LOSSES[1], "latents")):
             leaves = Leaves(trunk)
             value = loss(leaves)
-            pulls.append(Pull("g", 1.0, (end,), value.detach(), leaf_gradients(value, leaves, 2)))
+            pulls.append(Pull("g", 1.0, (end,), value.detach(), leaf_gradients(value, leaves)))
     both = combine([trunk], pulls, preset, place_of(2)).value
     torch.testing.assert_close(both, a + b)
 
@@ -209,7 +209,7 @@ def test_tiny_gradients_survive_a_half_precision_trunk(dtype):
         trunk = SharedGraph(torch.ones(2, 4, 3, 3), decode, decode)
         leaves = Leaves(trunk)
         loss = size * leaves("image").sum(dim=(1, 2, 3)) * torch.tensor([1.0, 1e-4])
-        pull = Pull("g", 1.0, ("x0",), loss.detach(), leaf_gradients(loss, leaves, 2))
+        pull = Pull("g", 1.0, ("x0",), loss.detach(), leaf_gradients(loss, leaves))
         place = Place(LEVEL, CLEAN, torch.ones(2, 1, 1, 1))
         return combine([trunk], [pull], PRESETS["deep-dive"], place).value
 

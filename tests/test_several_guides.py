@@ -124,7 +124,7 @@ def raised(combination, *active):
         for loss, scale in zip(losses, (3.0, 1.0), strict=True):
             leaves = Leaves(trunk)
             value = loss(leaves("image"))
-            found = leaf_gradients(value, leaves, 1)
+            found = leaf_gradients(value, leaves)
             pulls.append(Pull("guide", scale, ("x0",), value.detach(), found))
     assert cosines(pulls)[0, 0, 1] == 0  # in the picture, nothing shows
     preset = dataclasses.replace(PRESETS["balanced"], combine=combination)
@@ -149,7 +149,7 @@ def move(preset, scale, end):
         trunk = SharedGraph(torch.tanh(leaf) + 0.1 * leaf.square(), torch.sin, torch.sin, leaf)
         leaves = Leaves(trunk)
         loss = leaves("image").square().mean(dim=(1, 2, 3))
-        gradient = leaf_gradients(loss, leaves, 2)
+        gradient = leaf_gradients(loss, leaves)
         pull = torch.full((2, 1, 1, 1), PULL, dtype=torch.float64)
         pulls = [Pull("guide", scale, (end,), loss.detach(), gradient)]
         return combine([trunk], pulls, preset, Place(LEVEL, FOLLOWING, pull)).value

@@ -150,13 +150,12 @@ def check_loss(loss: Tensor, num_images: int) -> None:
         )
 
 
-def leaf_gradients(loss: Tensor, leaves: Leaves, num_images: int) -> Gradients:
-    """The gradient of a guide's loss at each leaf that it read.
+def leaf_gradients(loss: Tensor, leaves: Leaves) -> Gradients:
+    """The gradient of a guide's loss, of which `check_loss` is right, at each leaf that it read.
 
     Raises:
-        LossFault: see `check_loss`; or the loss has no graph, or none that gives a gradient.
+        LossFault: the loss has no graph, or none that gives a gradient.
     """
-    check_loss(loss, num_images)
     if not loss.requires_grad or not leaves.read:
         raise LossFault(
             "returned a loss without a graph; compute it from step.x0, step.rgb or step.image "

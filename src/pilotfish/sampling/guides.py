@@ -250,8 +250,7 @@ class Guides:
                 check_loss(loss, self._run.num_images)
                 loss = at_least_float32(loss)
                 power = power_of_two(loss.detach().abs())
-                scaled, count = loss * power, self._run.num_images
-                gradients = leaf_gradients(scaled, leaves, count) if self._ends(guide) else {}
+                gradients = leaf_gradients(loss * power, leaves) if self._ends(guide) else {}
         if gradients is None:
             return None
         own, shared = (start, mark(graph.device)), graph.spans[built:]

@@ -166,9 +166,8 @@ class Sampling:
             others = partial(seeded, self.run, TURN)
             latents = self.schedule.spherical_step(state, own, others, state.direction)
         else:
-            latents = self.schedule.step(
-                state, own
-            )  # it counts and remembers, also where not taken
+            # The scheduler counts and remembers, also where its step is not taken.
+            latents = self.schedule.step(state, own)
             latents = self.guides.renewed(state).to(latents) if state.renewed else latents
         return latents if state.after is None else latents + state.after.to(latents.dtype)
 
