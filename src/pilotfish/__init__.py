@@ -14,7 +14,7 @@ from .errors import (
     PluginError,
     SettingsError,
 )
-from .guidance.presets import PRESETS, Preset
+from .guidance.presets import PRESETS, Preset, find_preset
 from .hooks.area import Area
 from .hooks.plugin import Guide, Plugin, Setting, guide
 from .hooks.specs import hookimpl
@@ -80,6 +80,7 @@ __all__ = [
     "check_writable",
     "cutouts",
     "draw",
+    "find_preset",
     "guide",
     "hookimpl",
     "is_finite",

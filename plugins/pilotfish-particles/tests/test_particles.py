@@ -1,16 +1,18 @@
 """Searches by particles: against plain runs, against each other, and against a known posterior."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from pilotfish_particles import BestOf, FeynmanKac, Svdd, systematic
+from pilotfish_particles import BestOf, Das, FeynmanKac, Svdd
+from pilotfish_particles.lineage import Proposed, Scales, systematic
 
 import pilotfish
 from pilotfish import Run, Sampler
 from pilotfish.testing import GaussianModel, random_sampler
 
-SEARCHES = {"best-of": BestOf, "feynman-kac": FeynmanKac, "svdd": Svdd}
+SEARCHES = {"best-of": BestOf, "das": Das, "feynman-kac": FeynmanKac, "svdd": Svdd}
 every_search = pytest.mark.parametrize("search", SEARCHES.values(), ids=SEARCHES)
 RUN = {"steps": 5, "seed": 3, "guidance_scale": 3.0, "scheduler": "ddpm"}
 
@@ -85,6 +87,39 @@ def test_a_search_needs_a_guide_that_is_asked_at_the_last_step(sampler, search):
         sampler("a cat", plugins=[measured(stop=0.5), search()], **RUN)
 
 
+@pytest.mark.parametrize("preset", ["dps", "ugd"])
+def test_das_refuses_a_preset_whose_moves_it_cannot_weigh(sampler, preset):
+    with pytest.raises(pilotfish.InputError, match=f"the preset '{preset}' changes what a step"):
+        sampler("a cat", plugins=[measured(), Das()], **RUN, preset=preset)
+
+
+def test_das_weighs_its_proposals_by_the_ratio_of_two_normal_densities(sampler):
+    """By torch.distributions: q around the moved mean, p around the model's own."""
+    alpha, sigma, after, next_sigma = 0.6, 0.8, 0.8, 0.6
+    deviation = next_sigma * math.sqrt(1 - (alpha * next_sigma / (after * sigma)) ** 2)
+
+    def mean(latents, x0):
+        kept = math.sqrt(next_sigma**2 - deviation**2)
+        return after * x0 + kept * (latents - alpha * x0) / sigma
+
+    generator = torch.Generator().manual_seed(0)
+    latents, x0, moved, elsewhere = torch.randn(4, 2, 4, 2, 2, generator=generator)
+    x0, moved = x0.double(), moved.double()
+    state = Proposed(Scales({}), model=(latents, x0), log_weights=torch.zeros(1, 2))
+    step = SimpleNamespace(
+        alpha=alpha, sigma=sigma, next_alpha=after, next_sigma=next_sigma, last=False,
+        latents=latents + 0.1 * elsewhere, x0=moved, run=SimpleNamespace(model=sampler.model),
+        generator=[torch.Generator().manual_seed(k) for k in range(2)],
+    )  # fmt: skip
+    came = Das(particles=2).advance(step, state)
+    own = torch.distributions.Normal(mean(latents, x0), deviation)
+    proposal = torch.distributions.Normal(mean(step.latents, moved), deviation)
+    ratio = (own.log_prob(came) - proposal.log_prob(came)).flatten(1).sum(dim=1)
+    torch.testing.assert_close(
+        state.log_weights[0], ratio.float(), rtol=1e-4, atol=1e-4, check_dtype=False
+    )
+
+
 def test_two_searches_in_one_run_are_refused(sampler):
     with pytest.raises(pilotfish.InputError, match="each choose among candidates"):
         sampler("a cat", plugins=[measured(), BestOf(), Svdd()], **RUN)
@@ -123,13 +158,26 @@ def posterior():
     return variance * AIM / NOISE**2, variance
 
 
+# What filters, how strong a guide proposes (too strong as well: weights make up for it), pictures.
+FILTERS = {
+    "feynman-kac": (FeynmanKac, None, 256),
+    "das, guided": (Das, 1.0, 128),
+    "das, guided too far": (Das, 1.5, 128),
+}
+
+
 @pytest.mark.slow
-def test_particles_reach_the_mean_and_the_variance_of_the_posterior():
-    search = FeynmanKac(particles=64, strength=1.0, pick="weighted")
+@pytest.mark.parametrize(("search", "scale", "count"), FILTERS.values(), ids=FILTERS)
+def test_particles_reach_the_mean_and_the_variance_of_the_posterior(search, scale, count):
+    guides = [pilotfish.guide(misfit, name="measured", gradient="none")]
+    if scale:
+        guides.append(pilotfish.guide(misfit, name="moving", scale=scale))
+    chosen = {"particles": 64, "strength": 1.0, "pick": "weighted", "guides": ["measured"]}
     result = Sampler(GaussianModel(STD))(
-        plugins=[pilotfish.guide(misfit, gradient="none"), search],
-        **{"steps": STEPS, "seed": 0, "num_images": 256, "guidance_scale": 1.0, **SIZE},
+        plugins=[*guides, search(**chosen)],
+        **{"steps": STEPS, "seed": 0, "num_images": count, "guidance_scale": 1.0, **SIZE},
         scheduler={"name": "ddpm", "timestep_spacing": "trailing"},
+        preset="clip-guided",
     )
     measured_one = result.latents[:, 0, 0, 0]
     mean, variance = posterior()
