@@ -156,8 +156,8 @@ class Das(Filter):
         if step.last:
             return model.to(step.latents.dtype)
         shift = mean(step.latents, step.x0) - model
-        noise = step.run.model.noise(shift.shape, step.generator, shift.dtype).to(shift.device)
-        drawn = math.sqrt(variance) * noise
+        noise: Tensor = step.run.model.noise(shift.shape, step.generator, shift.dtype)
+        drawn = math.sqrt(variance) * noise.to(shift.device)
         # log N(x; model, v) - log N(x; model + shift, v) of x = model + shift + drawn.
         ratio = -(shift * (2 * drawn + shift)).flatten(1).sum(dim=1) / (2 * variance)
         state.travel(ratio.cpu().view(-1, self.particles))
