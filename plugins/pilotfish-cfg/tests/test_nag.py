@@ -17,12 +17,13 @@ from diffusers.models.transformers import (  # noqa: E402
     transformer_flux,
     transformer_flux2,
     transformer_qwenimage,
+    transformer_z_image,
 )
 
 PROMPT, NEGATIVE = "a red cat", "a red dog"  # as many tokens of bytes
 EXACT = {"rtol": 1e-6, "atol": 1e-6}
 STRONG = {"scale": 4.0, "tau": 1.0, "alpha": 0.5}
-FAMILIES = ("stable-diffusion", "sdxl", "sd3", "flux", "qwen-image", "flux2-klein")
+FAMILIES = ("stable-diffusion", "sdxl", "sd3", "flux", "qwen-image", "flux2-klein", "z-image")
 OFF = {"steps": 1, "seed": 3, "guidance_scale": 1, "height": 32, "width": 32}
 sampler_of = functools.cache(testing.random_sampler)
 
@@ -131,12 +132,9 @@ def test_of_joint_attention_it_is_the_papers_for_the_image_tokens(family, monkey
     }
     owner, function = JOINT[family]
     attention, papers = getattr(owner, function), Papers()
-    blocks = len(sampler.model.denoiser.transformer_blocks)
 
     def mixed(query, key, value, **options):
         values = attention(query, key, value, **options)
-        if len(papers.cut) == blocks:  # a single block
-            return values
         rows = values.transpose(1, 2) if family == "sd3" else values  # (2, tokens, heads, D)
         length, out = both[text].shape[1], rows.clone()
         image = slice(0, rows.shape[1] - length) if family == "sd3" else slice(length, None)
@@ -147,6 +145,37 @@ def test_of_joint_attention_it_is_the_papers_for_the_image_tokens(family, monkey
     with torch.no_grad():
         expected = sampler.model.denoiser(**both)[0]
     torch.testing.assert_close(came[:1], expected[:1], **EXACT)
+    assert sum(papers.cut) > 0
+
+
+def test_of_z_image_it_is_the_papers_where_image_and_text_are_in_one_row(monkeypatch):
+    sampler = sampler_of(family="z-image", dtype=torch.float64)
+    network, calls = sampler.model.denoiser, []
+    hook = network.register_forward_hook(lambda _, args, output: calls.append((args, output[0])))
+    for prompt, *plugins in (
+        (PROMPT, Nag(negative_prompt=NEGATIVE, **STRONG)),
+        (PROMPT,),
+        (NEGATIVE,),
+    ):
+        sampler(prompt, plugins=plugins, **{**OFF, "guidance_scale": 0})
+    hook.remove()
+    (_, came), ((latents, time, told), _), ((_, _, negative), _) = calls
+    attention, papers, count = transformer_z_image.dispatch_attention_fn, Papers(), []
+    alone = len(network.noise_refiner) + len(network.context_refiner)
+    tokens = latents[0].shape[-2] * latents[0].shape[-1] // 4
+
+    def mixed(query, *args, **options):
+        rows = attention(query, *args, **options).clone()  # (2, tokens, heads, D)
+        count.append(1)
+        if len(count) > alone:
+            image = papers(*rows[:, :tokens].flatten(2)).unflatten(-1, rows.shape[2:])
+            rows[:, :tokens] = image
+        return rows
+
+    monkeypatch.setattr(transformer_z_image, "dispatch_attention_fn", mixed)
+    with torch.no_grad():
+        expected = network(2 * latents, torch.cat([time] * 2), told + negative, return_dict=False)
+    torch.testing.assert_close(came[0], expected[0][0], **EXACT)
     assert sum(papers.cut) > 0
 
 
@@ -227,7 +256,9 @@ def test_words_that_plugins_add_count_in_the_negative_prompt_too():
 
 def test_a_family_without_sites_is_refused_before_the_first_step():
     with pytest.raises(ModelError, match="nag: this model's family names no attention"):
-        sampler_of(family="z-image")(PROMPT, plugins=[Nag()], **OFF)
+        Sampler(testing.GaussianModel())(
+            PROMPT, plugins=[Nag()], **{**OFF, "height": 2, "width": 2}
+        )
 
 
 def test_a_scale_below_one_is_refused():

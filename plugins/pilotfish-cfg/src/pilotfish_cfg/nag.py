@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pilotfish import Conditioning, ModelError, Setting
 
@@ -30,7 +30,6 @@ class Nag(Windowed):
     Models", arXiv 2505.21179: where image tokens have attended to the text, z = s z+ - (s - 1) z-
     of the two prompts; its L1 norm, token by token, is at most `tau` times that of z+; and alpha z
     + (1 - alpha) z+ goes on. Self-attention of a UNet and pooled embeddings know the prompt alone.
-    We differ: the single blocks of FLUX are left as they are.
     """
 
     class Settings(Windowed.Settings):
@@ -86,9 +85,8 @@ class Nag(Windowed):
 
 
 def sees_text(site: Any) -> bool:
-    """Whether image tokens attend to text there, and come out apart from it."""
-    apart = site.kind == "joint" and site.image == slice(None)
-    return bool(site.kind == "cross" or apart)
+    """Whether image tokens attend to text there."""
+    return bool(site.kind != "self")
 
 
 def told_the_prompt(step: Step) -> bool:
@@ -113,17 +111,17 @@ def patched(
     """
     count = len(negative["values"])
 
-    def mixed(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        values = inputs[0]
-        others, told, away = values[: -2 * count], values[-2 * count : -count], values[-count:]
-        mixture = mix(told, away)
-        return (torch.cat([others, mixture, mixture]),)
+    def mixed(image: slice, values: Tensor) -> Tensor:
+        others, *two = values.split([len(values) - 2 * count, count, count])
+        mixture = mix(*(both[:, image] for both in two))
+        changed = [both.clone() for both in two]
+        for both in changed:
+            both[:, image] = mixture
+        return torch.cat([others, *changed])
 
     with ExitStack() as undo:
-        for site in model.sites:
-            if not sees_text(site):
-                continue
-            undo.callback(site.module.to_out[0].register_forward_pre_hook(mixed).remove)
+        for site in filter(sees_text, model.sites):
+            undo.callback(hooked(site.module, partial(mixed, site.image)).remove)
             if site.kind == "cross":
                 processor = site.module.processor
                 undo.callback(site.module.set_processor, processor)
@@ -132,6 +130,26 @@ def patched(
                 vars(model)["predict"] = partial(predicted_twice, model.predict, negative)
                 undo.callback(vars(model).pop, "predict")
         yield
+
+
+def hooked(attention: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A hook that changes what attention gives (B, T, D), before any projection of it."""
+    out = getattr(attention, "to_out", None)
+    if out is None:  # a single block of FLUX.1 projects elsewhere
+
+        def given(_: Any, __: Any, values: Tensor) -> Tensor:
+            return change(values)
+
+        return attention.register_forward_hook(given)
+
+    def taken(_: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        width = attention.inner_dim  # one of FLUX.2 has a part that is no attention behind it
+        values, rest = inputs[0][..., :width], inputs[0][..., width:]
+        return (torch.cat([change(values), rest], dim=-1),)
+
+    if isinstance(out, nn.ModuleList):
+        out = out[0]
+    return out.register_forward_pre_hook(taken)
 
 
 def attended_twice(
