@@ -112,7 +112,7 @@ def patched(
     count = len(negative["values"])
 
     def mixed(image: slice, values: Tensor) -> Tensor:
-        others, *two = values.split([len(values) - 2 * count, count, count])
+        others, *two = torch.split(values, [len(values) - 2 * count, count, count])
         mixture = mix(*(both[:, image] for both in two))
         changed = [both.clone() for both in two]
         for both in changed:
