@@ -6,8 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,14 @@ import click
 
 from ..errors import InputError
 from .options import Options, run_options
-from .program import debug_option, not_installed
+from .places import Output, saved, write
+from .program import debug_option
 
 if TYPE_CHECKING:
     from pilotfish_view import Film
 
     from ..hooks.stack import Stack
+    from ..models.protocol import LatentDiffusion
     from ..runs.run import Run
     from ..sampling.sampler import Result, Stream
 
@@ -38,12 +39,15 @@ Model = dict[str, str | None]  # as `pilotfish.load` takes it
     "With --run: instead of the file's plugins.",
 )
 @click.option(
-    "--out",
-    default="out.png",
-    show_default=True,
-    metavar="FILE",
-    help="The picture; for several images FILE-1, FILE-2 ...",
+    "--prompts", "prompts_file", metavar="FILE", help="A prompt a line, made one after the other."
 )
+@click.option(
+    "--out",
+    metavar="FILE",
+    help="The picture; for several images FILE-1, FILE-2 ... Where there is one already: FILE_2.  "
+    "[default: out/PROMPT-SEED.png]",
+)
+@click.option("--force", is_flag=True, help="Write over files that are there.")
 @click.option(
     "--model",
     metavar="FOLDER|HUB_ID|NAME|FILE.safetensors",
@@ -83,7 +87,9 @@ def generate(
     uses: tuple[str, ...],
     changes: tuple[str, ...],
     run_file: str | None,
-    out: str,
+    prompts_file: str | None,
+    out: str | None,
+    force: bool,
     save_run: str | None,
     film: str | None,
     film_decoded: bool,
@@ -104,16 +110,58 @@ def generate(
     from .overrides import compose
 
     content = compose(run_file, uses, changes, options)
+    prompts = read_prompts(prompts_file, content)
     model = {**of_model(content), "device": device, "offload": offload}
+    output = Output(out, save_run, film, film_decoded, force)
     # Whatever a plugin or a library prints must not get between the lines of the answer.
     with contextlib.redirect_stdout(sys.stderr):
-        stack, run = build(content)
-        if dry_run:
-            text, answer = explain(stack, run, model)
-        else:
-            output = Output(out, save_run, film, film_decoded)
-            text, answer = make_pictures(stack, run, model, output)
-    click.echo(json.dumps(answer, indent=2) if as_json else text)
+        answers = [*answered([{**content, **p} for p in prompts], model, output, dry_run)]
+    if as_json:
+        found = [answer for _, answer in answers]
+        click.echo(json.dumps(found if prompts_file else found[0], indent=2))
+    else:
+        click.echo("\n".join(text for text, _ in answers))
+
+
+def answered(
+    contents: Sequence[dict[str, Any]], model: Model, output: Output, dry_run: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each run's answer, as text and as data; all are checked first, and the model loaded once."""
+    from ..models.loading import load
+
+    checked = [build(content) for content in contents]
+    if dry_run:
+        yield from (explain(*each, model) for each in checked)
+        return
+    output.check()
+    if any("prompt" not in content for content in contents):
+        raise click.UsageError(
+            'a PROMPT is missing: pilotfish generate "a campfire"; "" for a run without one'
+        )
+    loaded = load(**model)
+    for stack, run in checked:
+        yield make_pictures(stack, run, loaded, output)
+
+
+def read_prompts(file: str | None, content: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What each line of a file that is not empty changes of a run; nothing, without a file.
+
+    Raises:
+        UsageError: the run has a prompt as well.
+        InputError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        return [{}]
+    if content.get("prompt"):
+        raise click.UsageError("give a PROMPT or --prompts, not both")
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompts of {file}: {error}") from None
+    prompts = [{"prompt": line.strip()} for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{file} holds no prompt; expected one a line")
+    return prompts
 
 
 def of_model(content: dict[str, Any]) -> Model:
@@ -140,63 +188,35 @@ def explain(stack: Stack, run: Run, model: Model) -> tuple[str, dict[str, Any]]:
     return told(planned), planned
 
 
-@dataclass(frozen=True)
-class Output:
-    """The files of a run: `out` for the pictures, and what else is asked for."""
-
-    out: str
-    save_run: str | None = None
-    film: str | None = None
-    film_decoded: bool = False
-
-    def check(self) -> Film | None:
-        """Find out before the run, not after it, whether they can be written; the empty film.
-
-        Raises:
-            PilotfishError: one cannot.
-        """
-        from ..runs.pictures import check_writable
-
-        check_writable(self.out)
-        if self.film is None:
-            return None
-        try:
-            from pilotfish_view import Film
-        except ModuleNotFoundError as error:
-            if error.name != "pilotfish_view":
-                raise
-            raise not_installed("the option '--film'", "pilotfish-view") from None
-        Film.check(self.film)
-        return Film(decoded=self.film_decoded)
-
-
 def make_pictures(
-    stack: Stack, run: Run, model: Model, output: Output
+    stack: Stack, run: Run, model: LatentDiffusion, output: Output
 ) -> tuple[str, dict[str, Any]]:
     """A run, its files, and what there is to tell, as text and as data."""
     from .report import report, summary
 
     film = output.check()
     stream = start(stack, run, model)
+    more: dict[str, str] = {}
     if output.save_run is not None:
-        write(Path(output.save_run), stream.run.to_toml())
+        more["run_file"] = str(output.unused(Path(output.save_run)))
+        write(Path(more["run_file"]), stream.run.to_toml())
+    place = output.pictures(stream.run)
     result, seconds = watch(stream, film)
-    files = result.save(output.out)
-    if film is not None and output.film is not None:
-        film.save(output.film)
+    files = saved(result, place)
     text, answer = report(result, files, seconds), summary(result, files, seconds)
-    if film is None:
-        return text, answer
-    return f"{text}\n{output.film}  {len(film)} frames", {**answer, "film": output.film}
+    if film is not None and output.film is not None:
+        more["film"] = str(output.unused(Path(output.film)))
+        film.save(more["film"])
+        text = f"{text}\n{more['film']}  {len(film)} frames"
+    return text, {**answer, **more}
 
 
-def start(stack: Stack, run: Run, model: Model) -> Stream:
-    """Load the model; everything is checked before the first step."""
-    from ..models.loading import load
+def start(stack: Stack, run: Run, model: LatentDiffusion) -> Stream:
+    """Everything is checked before the first step."""
     from ..sampling.loop import Sampling
     from ..sampling.sampler import Stream
 
-    return Stream(Sampling(load(**model), run, stack))
+    return Stream(Sampling(model, run, stack))
 
 
 def watch(stream: Stream, film: Film | None = None) -> tuple[Result, float]:
@@ -214,16 +234,3 @@ def watch(stream: Stream, film: Film | None = None) -> tuple[Result, float]:
                 film.add(step)
         result = stream.result()
     return result, time.perf_counter() - begin
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error

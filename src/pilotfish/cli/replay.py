@@ -9,13 +9,15 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .generate import Output, build, make_pictures, of_model
+from .generate import answered, of_model
+from .places import Output
 from .program import debug_option
 
 
 @click.command()
 @click.argument("picture", metavar="PICTURE.png")
-@click.option("--out", default="out.png", show_default=True, metavar="FILE", help="As of generate.")
+@click.option("--out", metavar="FILE", help="As of generate.  [default: out/PROMPT-SEED.png]")
+@click.option("--force", is_flag=True, help="Write over files that are there.")
 @click.option(
     "-s", "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change one value: steps=20."
 )
@@ -26,7 +28,8 @@ from .program import debug_option
 @debug_option
 def replay(
     picture: str,
-    out: str,
+    out: str | None,
+    force: bool,
     changes: tuple[str, ...],
     model: str | None,
     device: str | None,
@@ -52,7 +55,9 @@ def replay(
     content = completed(checked(text, picture, model, yes), (), changes, {})
     networks = of_model(content)
     with contextlib.redirect_stdout(sys.stderr):  # what plugins print
-        answer, _ = make_pictures(*build(content), {**networks, "device": device}, Output(out))
+        chosen = {**networks, "device": device}
+        output = Output(out, force=force)
+        ((answer, _),) = answered([{"prompt": "", **content}], chosen, output, dry_run=False)
     click.echo(answer)
 
 

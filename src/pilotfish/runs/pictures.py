@@ -213,14 +213,37 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the place cannot be written.
     """
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = _part(path)
     try:
         yield part
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> Path:
+    """A file's path, after a trial: its folder is made if need be; an empty file comes and goes.
+
+    Raises:
+        InputError: no file can be written there.
+    """
+    part = _part(check_folder(path))
+    try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; add a file's name")
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def _part(path: Path) -> Path:
+    """What is written before it becomes the file."""
+    return path.with_name(f".{path.stem}.part{path.suffix}")
 
 
 def read_run(path: str | Path) -> str:
