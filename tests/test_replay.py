@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from pilotfish import PilotfishError, Run
 from pilotfish.cli import main
 from pilotfish.cli.trust import asks
+from pilotfish.hooks import registry
 from pilotfish.runs.pictures import read_run, save_picture
 
 MY_LOSS = '''
@@ -76,6 +78,7 @@ def test_show_prints_a_run_file_and_runs_nothing(model):
         ('plugins = ["my_loss:Cheap:scale=1"]', "plugin 'my_loss:Cheap', code outside"),
         ('[[plugins]]\nuse = "blue"\nmask = "../cat"', "mask = '../cat' of plugin 'blue', a file"),
         ('[[plugins]]\nuse = "blue"\nmask = ["my_loss.py"]', "mask = 'my_loss.py' of plugin"),
+        ('[[plugins]]\nuse = "best-of"\nreward = "os:system"', "reward = 'os:system' of plugin"),
         ('[[plugins]]\nuse = "clip"\ntext = {"http://a.b" = 1}', "text = 'http://a.b'"),
         ('decoder = "tiny:someone/taesd"', "decoder 'tiny:someone/taesd', a folder or a download"),
         ('scheduler = "os:system"', "scheduler 'os:system', code outside of diffusers"),
@@ -99,6 +102,58 @@ def test_what_a_strangers_picture_asks_for_is_shown_and_not_done(monkeypatch, tm
     assert "`pilotfish replay cat.png --show`" in done.stderr and "--yes" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not Path("imported").exists()
+
+
+CURIOUS = """
+import socket
+from pilotfish import Plugin, Setting
+
+class Curious(Plugin):
+    class Settings(Plugin.Settings):
+        flavour: str = Setting("vanilla", description="asks an address for it")
+        tolerant: bool = Setting(False, description="goes on without")
+    def setup(self, run):
+        try:
+            socket.create_connection((self.settings.flavour, 1), timeout=1)
+        except OSError:
+            if not self.settings.tolerant:
+                raise
+"""
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.parametrize("flavour", ["no.such.host.invalid", "127.0.0.1"])
+@pytest.mark.parametrize("tolerant", [True, False])
+def test_the_network_is_closed_whatever_the_setting_that_asks_for_it_is_called(
+    model, monkeypatch, tmp_path, flavour, tolerant
+):
+    (tmp_path / "curious.py").write_text(CURIOUS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = EntryPoint("curious", "curious:Curious", registry.PLUGIN_GROUP)
+    known = registry._entry_points
+    monkeypatch.setattr(
+        registry,
+        "_entry_points",
+        lambda group: (entry,) if group == registry.PLUGIN_GROUP else known(group),
+    )
+    settings = f'flavour = "{flavour}"\ntolerant = {str(tolerant).lower()}'
+    run = f'prompt = "a cat"\nsteps = 1\nseed = 1\n[[plugins]]\nuse = "curious"\n{settings}'
+    save_picture(Image.new("RGB", (8, 8)), "cat.png", run)
+    done = call("replay", "cat.png", "--model", model, "--out", "again.png")
+    assert done.exit_code == (0 if tolerant else 1)
+    assert f"cat.png asks for the network ({flavour})" in done.stderr and "add --yes" in done.stderr
+    assert ("It went on without" in done.stderr) == tolerant
+    done = call("replay", "cat.png", "--model", model, "--out", "again.png", "--yes")
+    assert (done.exit_code == 0) == tolerant, done.output
+    assert "pilotfish does for nobody" not in done.stderr
+
+
+def test_a_name_that_a_library_would_download_is_refused_before_anything_is_asked_for(model):
+    pytest.importorskip("pilotfish_clip")
+    run = 'prompt = "a"\nsteps = 1\n[[plugins]]\nuse = "clip"\nmodel = "ViT-B-32"\ntext = "b"'
+    save_picture(Image.new("RGB", (8, 8)), "cat.png", run)
+    done = call("replay", "cat.png", "--model", model)
+    assert done.exit_code == 1 and "cat.png asks for the network (" in done.stderr
 
 
 def test_plugins_that_are_installed_and_models_by_name_need_no_yes():

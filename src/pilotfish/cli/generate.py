@@ -6,7 +6,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +125,21 @@ def generate(
 
 
 def answered(
-    contents: Sequence[dict[str, Any]], model: Model, output: Output, dry_run: bool
+    contents: Sequence[dict[str, Any]],
+    model: Model,
+    output: Output,
+    dry_run: bool = False,
+    within: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each run's answer, as text and as data; all are checked first, and the model loaded once."""
+    """Each run's answer, as text and as data; all are checked first, and the model loaded once.
+
+    Args:
+        within: what is put around all but the model's loading.
+    """
     from ..models.loading import load
 
-    checked = [build(content) for content in contents]
+    with within():
+        checked = [build(content) for content in contents]
     if dry_run:
         yield from (explain(*each, model) for each in checked)
         return
@@ -140,7 +150,9 @@ def answered(
         )
     loaded = load(**model)
     for stack, run in checked:
-        yield make_pictures(stack, run, loaded, output)
+        with within():
+            answer = make_pictures(stack, run, loaded, output)
+        yield answer
 
 
 def read_prompts(file: str | None, content: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from typing import Any
 
@@ -47,6 +48,7 @@ def replay(
     """
     from ..runs.pictures import read_run
     from .overrides import completed
+    from .trust import offline
 
     text = read_run(picture)
     if show:
@@ -54,10 +56,11 @@ def replay(
         return
     content = completed(checked(text, picture, model, yes), (), changes, {})
     networks = of_model(content)
+    within = contextlib.nullcontext if yes else functools.partial(offline, picture)
     with contextlib.redirect_stdout(sys.stderr):  # what plugins print
         chosen = {**networks, "device": device}
         output = Output(out, force=force)
-        ((answer, _),) = answered([{"prompt": "", **content}], chosen, output, dry_run=False)
+        ((answer, _),) = answered([{"prompt": "", **content}], chosen, output, within=within)
     click.echo(answer)
 
 

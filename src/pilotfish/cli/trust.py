@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
+import re
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..errors import InputError
 from ..guidance.presets import PRESETS
 from ..hooks.registry import MODEL_GROUP, installed
 from ..runs.pictures import PIXELS
@@ -43,7 +49,7 @@ def _plugin_asks(plugin: Any) -> Iterator[str]:
         if setting not in ("use", "name"):
             for text in _texts(value):
                 if _is_place(text):
-                    yield f"{setting} = {text!r} of plugin {use!r}, a file or an address"
+                    yield f"{setting} = {text!r} of plugin {use!r}, a file, an address or code"
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -59,7 +65,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_place(text: str) -> bool:
-    return any(c in text for c in "/\\~") or os.path.exists(text)
+    """Whether a text names a file, an address, or code as MODULE:NAME."""
+    code = re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", text)
+    return bool(code) or any(c in text for c in "/\\~") or os.path.exists(text)
 
 
 def _preset_files(preset: Any) -> list[str]:
@@ -82,3 +90,58 @@ def _work(content: Mapping[str, Any]) -> Iterator[str]:
     sides = [content.get(key) or 1 for key in ("num_images", "width", "height")]
     if all(isinstance(side, int) for side in sides) and math.prod(sides) > PIXELS:
         yield f"{math.prod(sides) / 1e6:.0f} megapixels"
+
+
+# ---- the network, whatever the setting that asks for it is called ----
+
+NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
+_watched: list[list[str]] = []  # what is asked for in each `offline` that is open
+
+
+@contextlib.contextmanager
+def offline(origin: str) -> Iterator[None]:
+    """Nothing in here reaches the network: what tries to is refused, and told.
+
+    Raises:
+        InputError: something tried, and failed for it.
+    """
+    _watch()
+    asked: list[str] = []
+    _watched.append(asked)
+    try:
+        yield
+    except Exception as error:
+        if asked:
+            raise InputError(_refusal(origin, asked)) from error
+        raise
+    finally:
+        _watched.remove(asked)
+    if asked:
+        warnings.warn(f"{_refusal(origin, asked)}. It went on without", stacklevel=3)
+
+
+@functools.cache
+def _watch() -> None:
+    """Python's audit hook, once: there is no way to take one away."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if not _watched or event not in NETWORK:
+            return
+        address = arguments[1] if event == "socket.connect" else arguments[0]
+        if isinstance(address, tuple):
+            address = address[0]
+        elif event == "socket.connect":
+            return  # of this machine's own kind, as between processes
+        for asked in _watched:
+            asked.append(str(address))
+        raise OSError(f"the network ({address}) is closed while a run is not trusted")
+
+    sys.addaudithook(hook)
+
+
+def _refusal(origin: str, asked: list[str]) -> str:
+    return (
+        f"{origin} asks for the network ({', '.join(dict.fromkeys(asked))}), which pilotfish does "
+        f"for nobody unasked. Read its run with `pilotfish replay {origin} --show`; if you want "
+        "that, add --yes"
+    )
