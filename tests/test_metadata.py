@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pilotfish import Guide, InputError, Run
-from pilotfish.runs.pictures import KEY, read_run, save_picture
+from pilotfish import Guide, GuideWarning, InputError, Run
+from pilotfish.runs.metadata import KEY, Picture, read_run
+from pilotfish.runs.pictures import save_picture
 
 
 def png(path, *texts, size=(8, 8), pixels=b""):
@@ -33,13 +34,52 @@ def itxt(text, compressed=False):
     return b"iTXt", head + (zlib.compress(value, 9) if compressed else value)
 
 
-def test_a_picture_holds_its_run_word_for_word_and_its_pixels_stay(tmp_path):
-    picture = Image.effect_noise((9, 7), 40).convert("RGB")
-    run = Run(prompt="a 'red' cat, \"été\"\n日本", seed=3).to_toml()
-    path = save_picture(picture, tmp_path / "cat.png", run)
-    assert read_run(path) == run
-    with Image.open(path) as again:
-        assert again.tobytes() == picture.tobytes()
+RUN = Run(prompt="a 'red' cat, \"été\"\n日本 🦊", seed=3, plugins=[])
+
+
+def finished(size=(9, 7), run=RUN):
+    """A picture as a run gives it."""
+    return Picture.of(Image.effect_noise(size, 40).convert("RGB"), run)
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_picture_holds_its_run_word_for_word_and_its_pixels_stay(tmp_path, ending):
+    picture = finished((16, 8))
+    save_picture(picture, path := tmp_path / f"cat.{ending}")
+    picture.save(other := tmp_path / "other", ending.replace("jpg", "jpeg"))
+    assert read_run(path) == read_run(other) == RUN.to_toml()
+    picture.copy().save(bare := tmp_path / f"bare.{ending}")
+    with Image.open(path) as again, Image.open(bare) as without:
+        assert again.tobytes() == without.tobytes()
+        assert ending != "png" or again.tobytes() == picture.tobytes()
+    with pytest.raises(InputError, match="holds no run"):
+        read_run(bare)
+
+
+def test_the_exif_of_a_jpeg_is_read_by_its_standard(tmp_path):
+    """Tag 0x9286: eight bytes that name the code, then the text in it."""
+    finished().save(tmp_path / "cat.jpg")
+    data = (tmp_path / "cat.jpg").read_bytes()
+    assert "pilotfish\n".encode("utf-16-be") in data.partition(b"UNICODE\0")[2]
+
+
+def test_a_format_that_cannot_hold_a_run_says_so(tmp_path):
+    with pytest.warns(GuideWarning, match="the file holds no run: of all formats only PNG, JPEG"):
+        finished().save(tmp_path / "cat.bmp")
+    long = Run(prompt="x" * 40_000)
+    with pytest.warns(GuideWarning, match="and a JPEG holds 65527; save a PNG or a WebP"):
+        finished(run=long).save(tmp_path / "cat.jpg")
+    finished(run=long).save(tmp_path / "cat.webp")
+    assert read_run(tmp_path / "cat.webp") == long.to_toml()
+
+
+def test_another_programs_comment_is_no_run(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + "a cat\nSteps: 20".encode("utf-16-be")
+    for ending in ("jpg", "webp"):
+        Image.new("RGB", (5, 5)).save(path := tmp_path / f"cat.{ending}", exif=exif)
+        with pytest.raises(InputError, match="holds no run: only a PNG, JPEG or WebP"):
+            read_run(path)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
@@ -48,16 +88,6 @@ def test_a_run_is_read_from_a_png_of_any_mode(tmp_path, mode):
     info.add_text(KEY, "steps = 3")
     Image.new(mode, (5, 5)).save(tmp_path / "cat.png", pnginfo=info)
     assert read_run(tmp_path / "cat.png") == "steps = 3"
-
-
-def test_other_formats_hold_no_run_and_say_so(tmp_path):
-    picture = Image.new("RGB", (5, 5))
-    for ending in ("jpg", "webp"):
-        path = save_picture(picture, tmp_path / f"cat.{ending}", "steps = 3")
-        with pytest.raises(InputError, match=f"cat.{ending}, expected a PNG picture"):
-            read_run(path)
-    with pytest.raises(InputError, match="holds no run: only a PNG that pilotfish saved"):
-        read_run(save_picture(picture, tmp_path / "cat.png"))
 
 
 @pytest.mark.parametrize(
@@ -69,9 +99,12 @@ def test_other_formats_hold_no_run_and_say_so(tmp_path):
         (lambda p: png(p, itxt("x" * 300_000)), "holds a run of 300000 characters"),
         (lambda p: png(p, (b"iTXt", KEY.encode() + b"\0\0")), "holds no run"),
         (lambda p: png(p, (b"tEXt", b"other\0steps = 3")), "holds no run"),
-        (lambda p: p.write_bytes(b""), "expected a PNG picture"),
-        (lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40), "expected a PNG picture"),
-        (lambda p: p.write_text("steps = 3"), "expected a PNG picture"),
+        (lambda p: p.write_bytes(b""), "expected a PNG, JPEG or WebP"),
+        (
+            lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40),
+            "expected a PNG, JPEG or WebP",
+        ),
+        (lambda p: p.write_text("steps = 3"), "expected a PNG, JPEG or WebP"),
         (lambda p: p.mkdir(), "cannot read"),
         (lambda p: None, "cannot read"),
     ],
@@ -85,11 +118,9 @@ def test_a_file_that_is_too_much_or_too_little_is_refused_in_no_time(tmp_path, m
 
 
 def test_a_picture_cut_off_in_its_pixels_still_holds_its_run(tmp_path):
-    whole = save_picture(
-        Image.effect_noise((64, 64), 40), tmp_path / "cat.png", "steps = 3"
-    ).read_bytes()
+    whole = save_picture(finished((64, 64)), tmp_path / "cat.png").read_bytes()
     (tmp_path / "cat.png").write_bytes(whole[: len(whole) // 2])
-    assert read_run(tmp_path / "cat.png") == "steps = 3"
+    assert read_run(tmp_path / "cat.png") == RUN.to_toml()
 
 
 def mutated(data, picks):
@@ -106,9 +137,10 @@ def mutated(data, picks):
     return bytes(data)
 
 
-def test_no_mutation_of_a_picture_gets_past_our_own_errors(tmp_path):
-    path, picks = tmp_path / "a.png", random.Random(0)
-    whole, whole_runs = save_picture(Image.new("RGB", (8, 8)), path, "steps = 3").read_bytes(), 0
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_no_mutation_of_a_picture_gets_past_our_own_errors(tmp_path, ending):
+    path, picks = tmp_path / f"a.{ending}", random.Random(0)
+    whole, whole_runs = save_picture(finished(), path).read_bytes(), 0
     for _ in range(400):
         path.write_bytes(mutated(whole, picks))
         with contextlib.suppress(InputError):
@@ -144,6 +176,7 @@ def test_a_run_that_no_file_can_hold_is_saved_as_pixels(sampler, tmp_path):
             return step.x0.mean(dim=(1, 2, 3))
 
     result = sampler("a cat", plugins=[Local()], steps=1)
-    (file,) = result.save(tmp_path / "cat.png")
+    with pytest.warns(GuideWarning, match="the file holds no run: plugin 'Local' was defined in"):
+        (file,) = result.save(tmp_path / "cat.png")
     with pytest.raises(InputError, match="holds no run"):
         read_run(file)

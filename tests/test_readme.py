@@ -11,7 +11,7 @@ from PIL import Image
 
 from pilotfish import Run
 from pilotfish.cli import main
-from pilotfish.runs.pictures import save_picture
+from pilotfish.runs.metadata import Picture
 from pilotfish.testing import random_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def test_every_command_runs(workplace, command):
         arguments[arguments.index(HUB_ID)] = "./model"
     if arguments[0] == "replay":  # of a picture that the command above it makes
         run = Run(prompt="a parrot", steps=2, seed=1, plugins=({"use": "blue"},))
-        save_picture(Image.new("RGB", (64, 64)), arguments[1], run.to_toml())
+        Picture.of(Image.new("RGB", (64, 64)), run).save(arguments[1])
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     if "--out" in arguments:

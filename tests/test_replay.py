@@ -13,7 +13,7 @@ from pilotfish import PilotfishError, Run
 from pilotfish.cli import main
 from pilotfish.cli.trust import asks
 from pilotfish.hooks import registry
-from pilotfish.runs.pictures import read_run, save_picture
+from pilotfish.runs.metadata import holding, read_run
 
 MY_LOSS = '''
 from pathlib import Path
@@ -51,6 +51,15 @@ def test_a_replayed_picture_is_the_same_file(model):
     assert done.exit_code == 0, done.output
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
     assert "two.png  32x32, seed 5" in done.stdout
+
+
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+def test_a_picture_of_another_format_is_replayed_too(model, ending):
+    generate(model, "--out", f"one.{ending}")
+    generate(model, "--out", "one.png")
+    done = call("replay", f"one.{ending}", "--model", model, "--out", "two.png")
+    assert done.exit_code == 0, done.output
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
 
 
 def test_a_change_on_the_way_makes_another_picture(model):
@@ -96,7 +105,7 @@ def test_what_a_strangers_picture_asks_for_is_shown_and_not_done(monkeypatch, tm
 
     monkeypatch.setattr("pilotfish.models.loading.load", never)
     monkeypatch.syspath_prepend(str(tmp_path))
-    save_picture(Image.new("RGB", (8, 8)), "cat.png", run)
+    Image.new("RGB", (8, 8)).save("cat.png", **holding(run, "PNG"))
     done = call("replay", "cat.png")
     assert done.exit_code == 1 and words in done.stderr
     assert "`pilotfish replay cat.png --show`" in done.stderr and "--yes" in done.stderr
@@ -138,7 +147,7 @@ def test_the_network_is_closed_whatever_the_setting_that_asks_for_it_is_called(
     )
     settings = f'flavour = "{flavour}"\ntolerant = {str(tolerant).lower()}'
     run = f'prompt = "a cat"\nsteps = 1\nseed = 1\n[[plugins]]\nuse = "curious"\n{settings}'
-    save_picture(Image.new("RGB", (8, 8)), "cat.png", run)
+    Image.new("RGB", (8, 8)).save("cat.png", **holding(run, "PNG"))
     done = call("replay", "cat.png", "--model", model, "--out", "again.png")
     assert done.exit_code == (0 if tolerant else 1)
     assert f"cat.png asks for the network ({flavour})" in done.stderr and "add --yes" in done.stderr
@@ -151,7 +160,7 @@ def test_the_network_is_closed_whatever_the_setting_that_asks_for_it_is_called(
 def test_a_name_that_a_library_would_download_is_refused_before_anything_is_asked_for(model):
     pytest.importorskip("pilotfish_clip")
     run = 'prompt = "a"\nsteps = 1\n[[plugins]]\nuse = "clip"\nmodel = "ViT-B-32"\ntext = "b"'
-    save_picture(Image.new("RGB", (8, 8)), "cat.png", run)
+    Image.new("RGB", (8, 8)).save("cat.png", **holding(run, "PNG"))
     done = call("replay", "cat.png", "--model", model)
     assert done.exit_code == 1 and "cat.png asks for the network (" in done.stderr
 

@@ -16,7 +16,7 @@ from .program import debug_option
 
 
 @click.command()
-@click.argument("picture", metavar="PICTURE.png")
+@click.argument("picture", metavar="PICTURE")
 @click.option("--out", metavar="FILE", help="As of generate.  [default: out/PROMPT-SEED.png]")
 @click.option("--force", is_flag=True, help="Write over files that are there.")
 @click.option(
@@ -37,7 +37,7 @@ def replay(
     show: bool,
     yes: bool,
 ) -> None:
-    """Make a picture again, from the run that its PNG holds.
+    """Make a picture again, from the run that its file (PNG, JPEG, WebP) holds.
 
     A run that names more than what is installed here by name, such as files, code in them, or other
     models, is told and waits for --yes.
@@ -46,7 +46,7 @@ def replay(
     pilotfish replay campfire.png --out again.png
     pilotfish replay campfire.png --show > run.toml
     """
-    from ..runs.pictures import read_run
+    from ..runs.metadata import read_run
     from .overrides import completed
     from .trust import offline
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import InputError
 from ..guidance.presets import PRESETS
 from ..hooks.registry import MODEL_GROUP, installed
-from ..runs.pictures import PIXELS
+from ..runs.metadata import PIXELS
 
 MOST = 1000  # steps, images ...; a run of more should be meant
 

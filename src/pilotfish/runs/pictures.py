@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -13,17 +12,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..errors import InputError, SettingsError
 from ..guidance.regions import Region, box_weights, mask_weights
 from ..hooks.area import Box, check_area
 from . import decoding
+from .metadata import PIXELS
 
 # Of a picture file, which anybody may have made: looked at before it is read.
-PIXELS, FORMATS = 32_000_000, ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-KEY, LENGTH = "pilotfish", 256_000  # the run among a PNG's texts, and its most characters
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 Size = tuple[int, int]  # (height, width)
 
@@ -189,20 +187,15 @@ def check_folder(path: Path) -> Path:
     return path
 
 
-def save_picture(picture: Image.Image, path: str | Path, run: str = "") -> Path:
+def save_picture(picture: Image.Image, path: str | Path) -> Path:
     """Write a picture so that a reader never sees half a file; makes the folder if need be.
-
-    Args:
-        run: what `read_run` shall find in the file, as TOML; only a PNG can hold it.
 
     Raises:
         InputError: the ending names no format, or the place cannot be written.
     """
-    path, info = check_writable(path), PngInfo()
-    if run:
-        info.add_itxt(KEY, run)
+    path = check_writable(path)
     with whole_file(path) as part:
-        picture.save(part, pnginfo=info)
+        picture.save(part)
     return path
 
 
@@ -244,34 +237,6 @@ def check_place(path: Path) -> Path:
 def _part(path: Path) -> Path:
     """What is written before it becomes the file."""
     return path.with_name(f".{path.stem}.part{path.suffix}")
-
-
-def read_run(path: str | Path) -> str:
-    """The run that a picture was made by, as TOML, from what `save_picture` wrote beside it.
-
-    The file may come from anybody: nothing is decoded, and the text is not looked into.
-
-    Raises:
-        InputError: not a PNG, one of more than 32 megapixels, or no run in it, or one of more than
-            256,000 characters.
-    """
-    try:  # a warning would be of its size, for which the limit is ours
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG",)) as png:
-            pixels, text = math.prod(png.size), png.info.get(KEY)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read {path}, expected a PNG picture: {error}") from None
-    if pixels > PIXELS:
-        raise InputError(
-            f"{path} has {pixels // 10**6} megapixels; at most {PIXELS} pixels are read"
-        )
-    if text is None:
-        raise InputError(
-            f"{path} holds no run: only a PNG that pilotfish saved does, and not after another "
-            "program has rewritten it"
-        )
-    if len(text) > LENGTH:
-        raise InputError(f"{path} holds a run of {len(text)} characters; at most {LENGTH} are read")
-    return str(text)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import PilotfishError
 from ..hooks.stack import Stack
 from ..runs import pictures as images
+from ..runs.metadata import Picture
 from ..runs.run import Run, check_keywords
 from .loop import Sampling
 from .step import Step
@@ -29,7 +28,7 @@ class Result:
     """What a run gives.
 
     Attributes:
-        images: one PIL picture per image.
+        images: one PIL picture per image; a file that its `save` writes holds the run.
         latents: (B, C, H, W), at noise level zero.
         trace: what each guide did at each step.
         run: the resolved run; `run.to_toml()` holds everything needed to repeat it.
@@ -43,18 +42,17 @@ class Result:
     def save(self, path: str | Path) -> list[Path]:
         """Write the pictures: `cat.png`, or `cat-1.png`, `cat-2.png` ... where there are several.
 
-        A PNG also holds the run, which `pilotfish replay` repeats; not where `run.to_toml` refuses.
+        A PNG, JPEG or WebP also holds the run, which `pilotfish replay` repeats, as the file of
+        `images[0].save` does.
 
         Raises:
             InputError: the ending names no format, or the place cannot be written.
+
+        Warns:
+            GuideWarning: the files do not hold the run, and why.
         """
-        run = ""
-        with contextlib.suppress(PilotfishError):
-            run = self.run.to_toml()
         files = images.numbered(path, len(self.images))
-        return [
-            images.save_picture(p, file, run) for p, file in zip(self.images, files, strict=True)
-        ]
+        return [images.save_picture(p, file) for p, file in zip(self.images, files, strict=True)]
 
 
 class Stream(Iterator[Step]):
@@ -90,7 +88,8 @@ class Stream(Iterator[Step]):
         for _ in self._steps:
             pass
         latents, image = self._sampling.finished
-        return Result(images.to_pil(image), latents, self.trace, self.run)
+        pictures: list[Image] = [Picture.of(picture, self.run) for picture in images.to_pil(image)]
+        return Result(pictures, latents, self.trace, self.run)
 
 
 class Sampler:
