@@ -309,6 +309,12 @@ def test_what_leaks_out_of_a_mask_is_told(model: str) -> None:
         ("-s plugins.scale=3", "a change is plugins.NAME.SETTING=VALUE; got"),
         ("--use ./my_loss.py:Warmth -s plugins.warm.scale=3", "Did you mean 'Warmth'?"),
         ("--model ./nothing", "no model folder ./nothing"),
+        (
+            "--run theirs.json",
+            "theirs.json is not valid TOML: Invalid statement (at line 1, column",
+        ),
+        ("--run theirs.json", "It looks like JSON; TOML has lines such as: steps = 20"),
+        ("--use ./my_loss.py", "my_loss.py has 5 plugin classes: name one, my_loss.py:Warmth or"),
         ("--decoder tny", "decoder must be vae, linear, tiny (the tiny_vae/ of the model's"),
         ("--decoder tiny", "tiny_vae, which does not exist. Name an AutoencoderTiny"),
         ("--decoder tiny:./nothing", "decoder 'tiny:./nothing': no such folder"),
@@ -317,6 +323,7 @@ def test_what_leaks_out_of_a_mask_is_told(model: str) -> None:
 def test_a_mistake_gives_one_line_that_helps(model: str, arguments: str, words: str) -> None:
     own = () if "--model" in arguments else ("--model", model)
     Path("theirs.toml").write_text("cfg_scale = 3")
+    Path("theirs.json").write_text('{"steps": 3}')
     done = call("generate", "--dry-run", *own, *arguments.split())
     assert done.exit_code == 1
     assert words in done.stderr

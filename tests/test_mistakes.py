@@ -1,5 +1,6 @@
 """What somebody gets wrong who writes a plugin or calls the sampler: one sentence that says so."""
 
+import re
 import warnings
 
 import pydantic
@@ -266,3 +267,29 @@ def test_a_loss_that_is_wrong_in_the_middle_of_a_run_is_named_with_its_step(samp
 
     with pytest.raises(PluginError, match=r"'late': loss_guidance\(\) returned a loss .*at step 2"):
         sampler("a", plugins=[late], steps=4)
+
+
+@pytest.mark.parametrize(
+    ("hook", "answer", "words"),
+    [
+        (
+            "before_step",
+            lambda step: setattr(step, "latents", step.latents),
+            "has no setter (a step is read-only; a hook returns what it changes) at step 0",
+        ),
+        (
+            "loss_guidance",
+            lambda step: step.image.numpy().mean(),
+            "instead (a loss is made of torch operations; what needs NumPy takes",
+        ),
+        (
+            "loss_guidance",
+            lambda step: step.image.detach().numpy().mean(),
+            "returned numpy.float32; expected a tensor of shape (B,), made by torch",
+        ),
+    ],
+)
+def test_what_authors_stumble_over_is_told_with_what_to_do(sampler, hook, answer, words):
+    kind = type("Own", (Guide,), {hook: lambda self, step: answer(step)})
+    with pytest.raises(PluginError, match=re.escape(words)):
+        sampler("a cat", plugins=[kind()], steps=1)

@@ -221,8 +221,8 @@ def test_oklab_of_gray_rises_without_a_jump_from_below_black_to_above_white():
         ({"colors": "#035 #fa0", "weights": [0, 0]}, "not all of them 0; got"),
         ({"colors": "#035", "weights": []}, "weights must be numbers >= 0"),
         ({"colors": "#035", "weights": [float("inf")]}, "weights.0 must be a finite number"),
-        ({"colors": "#035", "image": "a.png"}, "image must be a picture file if colors are not"),
-        ({}, "image must be a picture file if colors are not given, and only then; got None"),
+        ({"colors": "#035", "image": "a.png"}, "give colors, .* or image, .*; got both"),
+        ({}, "Palette: give colors, such as .* or image, a picture file .*; got neither"),
         (
             {"image": "no such.png"},
             "image must be a picture that Pillow can read; got 'no such.png'",

@@ -142,7 +142,11 @@ def check_loss(loss: Tensor, num_images: int) -> None:
         LossFault: it is no tensor, or has not one value per image.
     """
     if not isinstance(loss, Tensor):
-        raise LossFault(f"returned {type(loss).__name__}; expected a tensor of shape (B,) or None")
+        kind = f"{type(loss).__module__}.{type(loss).__qualname__}".removeprefix("builtins.")
+        raise LossFault(
+            f"returned {kind}; expected a tensor of shape (B,), "
+            "made by torch from step.x0, step.rgb or step.image, or None"
+        )
     if loss.shape != (num_images,) and not (loss.ndim == 0 and num_images == 1):
         raise LossFault(
             f"returned shape {tuple(loss.shape)}; expected one value per image, shape "

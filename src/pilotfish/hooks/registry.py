@@ -135,6 +135,14 @@ def find(name: str, group: str = PLUGIN_GROUP) -> Installed:
     return choices[name][0]
 
 
+# What plugins' authors stumble over, and what to do: parts of messages of Python and of torch.
+HINTS = {
+    "of 'Step' object has no setter": "a step is read-only; a hook returns what it changes",
+    "Can't call numpy() on Tensor that requires grad": "a loss is made of torch operations; what "
+    "needs NumPy takes step.image.detach(), and is measured with gradient='none'",
+}
+
+
 @contextlib.contextmanager
 def foreign(
     what: str, plugin: str, hook: str | None = None, end: str = "", *, ours: bool = False
@@ -153,7 +161,9 @@ def foreign(
     except (Exception, SystemExit) as error:
         if isinstance(error, PilotfishError) and not ours:
             raise
-        message = f"{what} {type(error).__name__}: {error}{end}"
+        told = f"{type(error).__name__}: {error}".rstrip(". ")  # more of the sentence follows
+        hints = "".join(f" ({hint})" for part, hint in HINTS.items() if part in told)
+        message = f"{what} {told}{hints}{end}"
         raise PluginError(message, plugin=plugin, hook=hook) from error
 
 
@@ -202,6 +212,10 @@ def _class_in_file(path: Path, name: str | None) -> type[Any]:
     classes = {c.__name__: c for c in own if inspect.isclass(c) and issubclass(c, Plugin)}
     if not name and len(classes) == 1:
         (name,) = classes
+    if not name and classes:
+        raise InputError(
+            f"{path} has {len(classes)} plugin classes: name one, {path}:{' or :'.join(classes)}"
+        )
     if name not in classes:
         raise unknown(f"plugin class in {path}", name or "", classes)
     return classes[name]

@@ -255,7 +255,9 @@ class Run(pydantic.BaseModel):
         try:
             content = tomllib.loads(text)
         except (tomllib.TOMLDecodeError, RecursionError) as error:  # the latter: [[[[[[ ...
-            raise InputError(f"{origin} is not valid TOML: {error}") from None
+            json = text.lstrip().startswith("{")
+            hint = ". It looks like JSON; TOML has lines such as: steps = 20" if json else ""
+            raise InputError(f"{origin} is not valid TOML: {error}{hint}") from None
         content.pop("pilotfish", None)
         for key in content:
             if key not in (known := (*KEYS, *MODEL_KEYS, "plugins")):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -65,12 +65,14 @@ class Clip(Guide):
                 raise ValueError("one or more texts, none of them empty, not all of weight 0")
             return text
 
-        @field_validator("image")
-        @classmethod
-        def _either(cls, image: Path | None, info: ValidationInfo) -> Path | None:
-            if "text" in info.data and (image is None) == (info.data["text"] is None):
-                raise ValueError("a picture file if text is not given, and only then")
-            return image
+        @model_validator(mode="after")
+        def _either(self) -> Self:
+            if (self.image is None) == (self.text is None):
+                raise ValueError(
+                    "give text, what the picture should show, or image, a picture file to be like; "
+                    f"got {'both' if self.image else 'neither'}"
+                )
+            return self
 
     def setup(self, run: Run) -> Target:
         settings, device = self.settings, run.model.device

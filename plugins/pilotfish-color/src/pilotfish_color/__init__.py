@@ -6,11 +6,11 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from PIL import Image, ImageColor
-from pydantic import ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -79,13 +79,6 @@ class Palette(Guide):
                 raise ValueError(f"one or more hex colours such as '#fa0' or '#ffaa00'{hint}")
             return colors
 
-        @field_validator("image")
-        @classmethod
-        def _either(cls, image: Path | None, info: ValidationInfo) -> Path | None:
-            if "colors" in info.data and (image is None) == (info.data["colors"] is None):
-                raise ValueError("a picture file if colors are not given, and only then")
-            return image
-
         @field_validator("weights")
         @classmethod
         def _shares(cls, weights: list[float] | None, info: ValidationInfo) -> list[float] | None:
@@ -97,6 +90,15 @@ class Palette(Guide):
             if colors and len(weights) != len(colors):
                 raise ValueError(f"one number for each colour ({len(colors)})")
             return weights
+
+        @model_validator(mode="after")
+        def _either(self) -> Self:
+            if (self.image is None) == (self.colors is None):
+                raise ValueError(
+                    "give colors, such as ['#035', '#fa0'], or image, a picture file to take them "
+                    f"from; got {'both' if self.image else 'neither'}"
+                )
+            return self
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
