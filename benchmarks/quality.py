@@ -1,7 +1,8 @@
 """How good are guided pictures? Every preset over its scale: adherence, fidelity and realism.
 
-    python benchmarks/quality.py --minutes 45   # run it again to go on
-    python benchmarks/quality.py --quick        # 16 pictures a point, one scale
+    python benchmarks/quality.py --minutes 45         # run it again to go on
+    python benchmarks/quality.py --model emoji-flow   # the flow model that ships
+    python benchmarks/quality.py --quick              # 16 pictures a point, one scale
 
 Two questions. **A label without a prompt**: the guide `classifier` asks for eight objects; does a
 judge apart from it see them, and are they good pictures? **Colours with a prompt**: the guides
@@ -24,16 +25,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
+import pilotfish_emoji
+import pilotfish_emoji_flow
 import torch
 from curves import drawings
 from curves.pictures import Lab
-from curves.points import BATCHES, TASKS, Point, Wish, all_series, plan
+from curves.points import BATCHES, RUNS, TASKS, Point, Series, Wish, all_series, plan
 from curves.scores import Scores
-from pilotfish_emoji import FOLDER
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / ".work" / "quality", "guidance.md"
-SERIES = all_series()
+MODELS = {
+    "emoji": (pilotfish_emoji.FOLDER, "quality"),  # and the name of its results
+    "emoji-flow": (pilotfish_emoji_flow.FOLDER, "quality-flow"),
+}
 
 
 class Worker:
@@ -53,18 +58,15 @@ class Worker:
         cls.lab.measure(point, batch)
 
 
-def run(scores: Scores, model: Path, *, workers: int, end: float, quick: bool) -> None:
-    """Make what is missing, in the plan's order as it is known by then; start nothing after `end`.
-
-    Args:
-        end: by `time.monotonic`.
-    """
+def run(scores: Scores, series: Sequence[Series], args: argparse.Namespace) -> None:
+    """Make what is missing, in the plan's order as it is known by then; nothing after the end."""
+    end = time.monotonic() + args.minutes * 60
     context = get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(workers, context, Worker.start, (model,)) as pool:
+    with ProcessPoolExecutor(args.workers, context, Worker.start, (scores.lab.folder,)) as pool:
         running: dict[Future[None], Wish] = {}
         while True:
-            for wish in missing(scores, set(running.values()), quick):
-                if len(running) == workers or time.monotonic() > end:
+            for wish in missing(scores, series, set(running.values()), args.quick):
+                if len(running) == args.workers or time.monotonic() > end:
                     break
                 running[pool.submit(Worker.measure, *wish)] = wish
             if not running:
@@ -75,47 +77,48 @@ def run(scores: Scores, model: Path, *, workers: int, end: float, quick: bool) -
                 print(f"{point.series.task}, {point.series.name}, {point.scale:g}: {batch}")
 
 
-def missing(scores: Scores, running: set[Wish], quick: bool) -> list[Wish]:
+def missing(
+    scores: Scores, series: Sequence[Series], running: set[Wish], quick: bool
+) -> list[Wish]:
     """The batches to make next, as far as the plan is known."""
-    wishes = dict.fromkeys(plan(SERIES, scores.merit, quick=quick))
+    wishes = dict.fromkeys(plan(series, scores.merit, quick=quick))
     return [w for w in wishes if w not in running and not scores.lab.file(*w).exists()]
 
 
-def report(scores: Scores, out: Path, docs: Path, quick: bool) -> None:
+def report(scores: Scores, series: Sequence[Series], args: argparse.Namespace) -> None:
     """Numbers in a file, tables in the page, a plot and the sheets."""
-    points = dict.fromkeys(point for point, _ in plan(SERIES, scores.merit, quick=quick))
+    points = dict.fromkeys(point for point, _ in plan(series, scores.merit, quick=args.quick))
     rows = [row for point in points if (row := scores.row(point))]
     least = {task: scores.least_distance(task) for task in TASKS}
     result = {"weights": scores.lab.weights, "least_distance": least, "points": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_suffix(".part")
+    name = MODELS[args.model][1]
+    args.out.mkdir(parents=True, exist_ok=True)
+    part = args.out / f"{name}.part"
     part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    part.replace(out)
-    docs.mkdir(parents=True, exist_ok=True)
-    if (docs / PAGE).exists():
-        drawings.fill(docs / PAGE, drawings.tables(result))
-    drawings.plot(rows, docs / "quality.png")
+    part.replace(args.out / f"{name}.json")
+    args.docs.mkdir(parents=True, exist_ok=True)
+    if (args.docs / PAGE).exists():
+        drawings.fill(args.docs / PAGE, drawings.tables(result), name)
+    drawings.plot(rows, args.docs / f"{name}.png")
     for task in TASKS:
-        if lines := drawings.lines(rows, SERIES, task):
-            drawings.sheet(scores.lab, lines, docs / f"quality-{task}.png")
+        if lines := drawings.lines(rows, series, task):
+            drawings.sheet(scores.lab, lines, args.docs / f"{name}-{task}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, default=FOLDER, help="a folder with networks, classifier and judge"
-    )
+    parser.add_argument("--model", choices=RUNS, default="emoji")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing later")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="16 pictures a point, one scale")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "quality.json")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="a folder for numbers")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs", help="page and pictures")
     args = parser.parse_args(arguments)
-    scores = Scores(Lab(args.model, KEPT), 1 if args.quick else BATCHES)
-    end = time.monotonic() + args.minutes * 60
-    run(scores, args.model, workers=args.workers, end=end, quick=args.quick)
-    report(scores, args.out, args.docs, args.quick)
+    series = all_series(args.model)
+    scores = Scores(Lab(MODELS[args.model][0], KEPT), 1 if args.quick else BATCHES)
+    run(scores, series, args)
+    report(scores, series, args)
 
 
 if __name__ == "__main__":

@@ -45,13 +45,16 @@ def test_the_prompts_hold_every_object_once_and_no_pair_left_out_of_training(cur
     assert not {(OBJECTS[o], BACKGROUNDS[b]) for o, b in labels} & set(HELD_OUT_PAIRS)
 
 
-def test_every_preset_for_any_loss_is_measured_for_a_label_and_for_a_colour(curves):
-    """The others sample posteriors, of a loss that is a likelihood, or go along flows only."""
-    series = [(series.task, series.name) for series in curves.points.all_series()]
-    knobs = pilotfish.PRESETS
-    others = {n for n, p in knobs.items() if p.variance != "none" or n.startswith("flow")}
-    wanted = {(task, name) for task in ("label", "blue") for name in knobs if name not in others}
+@pytest.mark.parametrize("model", ["emoji", "emoji-flow"])
+def test_every_preset_for_any_loss_is_measured_for_a_label_and_for_a_colour(curves, model):
+    """The others sample posteriors, go along flows only, or are too dear to be compared again."""
+    series = [(series.task, series.name) for series in curves.points.all_series(model)]
+    others = {name for name, preset in pilotfish.PRESETS.items() if preset.variance != "none"}
+    others |= {"ugd", "lgd"} if model == "emoji-flow" else {"flowchef", "flowdps"}
+    names = pilotfish.PRESETS.keys() - others
+    wanted = {(task, name) for task in ("label", "blue") for name in names}
     assert wanted <= set(series)
+    assert not {name for _, name in series} & others
     assert len(series) == len(set(series))
 
 
@@ -185,30 +188,36 @@ def test_a_run_that_breaks_is_the_least_of_all(curves, monkeypatch):
 
 def test_a_worker_knows_a_point_by_the_same_file(curves):
     points = curves.points
-    for series in (*points.FLOORS, *points.all_series()):
+    for series in (*points.floors("emoji"), *points.all_series("emoji")):
         point = points.Point(series, 1.0)
         assert pickle.loads(pickle.dumps(point)).file("w", 0) == point.file("w", 0)
 
 
+@pytest.fixture(params=["emoji"])
+def model(request):
+    """A model that ships."""
+    return request.param
+
+
 @pytest.fixture
-def result():
+def result(model):
     """What the last run of the benchmark measured."""
-    return json.loads((BENCHMARKS / "results" / "quality.json").read_text())
+    name = {"emoji": "quality", "emoji-flow": "quality-flow"}[model]
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text()) | {"name": name}
 
 
 def test_the_tables_of_the_docs_are_those_of_the_results(curves, result):
-    found = curves.drawings.filled((ROOT / "docs" / "guidance.md").read_text())
+    found = curves.drawings.filled((ROOT / "docs" / "guidance.md").read_text(), result["name"])
     assert found == curves.drawings.tables(result), "run python benchmarks/quality.py"
     assert found.keys() == curves.points.TASKS.keys()
 
 
-def test_every_preset_has_results_of_64_pictures(curves, result):
+def test_every_preset_has_results_of_64_pictures(curves, result, model):
     whole = {(row["task"], row["series"]) for row in result["points"] if row["count"] >= 64}
-    wanted = {(series.task, series.name) for series in curves.points.all_series()}
+    wanted = {(series.task, series.name) for series in curves.points.all_series(model)}
     assert wanted <= whole
 
 
-def test_the_results_are_of_the_weights_that_ship(curves, result):
-    from pilotfish_emoji import FOLDER
-
-    assert result["weights"] == curves.pictures.Lab(FOLDER, Path()).weights
+def test_the_results_are_of_the_weights_that_ship(curves, result, model):
+    folder = pilotfish.load(model).model.folder
+    assert result["weights"] == curves.pictures.Lab(folder, Path()).weights

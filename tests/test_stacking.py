@@ -21,7 +21,12 @@ from pilotfish.hooks.registry import installed, load_class
 from pilotfish.hooks.stack import Stack
 
 PROMPT = "a <ink> of a puppy and a skunk++"
-SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}  # they choose by a guide: a test of their own below
+SEARCHES = {
+    "best-of",
+    "das",
+    "feynman-kac",
+    "svdd",
+}  # they choose by a guide: a test of their own below
 FILES = {"controlnet", "ip-adapter", "lora"}  # of networks: their package's tests stack them
 INSTALLED = sorted(installed())
 NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES]

@@ -3,5 +3,6 @@
 import sys
 from pathlib import Path
 
-# The emoji world's pictures and Frechet distances are in the repository, and in no wheel.
-sys.path.insert(0, str(Path(__file__).parents[2] / "plugins" / "pilotfish-emoji" / "training"))
+# The emoji worlds' pictures and Frechet distances are in the repository, and in no wheel.
+for name in ("pilotfish-emoji", "pilotfish-emoji-flow"):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "plugins" / name / "training"))

@@ -10,10 +10,11 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .pictures import Lab
-from .points import FLOORS, Point, Series
+from .points import PROMPTED, Point, Series, floors
+from .points import UNGUIDED as WITHOUT
 
 Row = Mapping[str, Any]
-UNGUIDED = {floor.name for floor in FLOORS}
+UNGUIDED = {WITHOUT, PROMPTED}
 TITLES = {
     "label": "a label without a prompt",
     "blue": "blue, with a prompt",
@@ -56,7 +57,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
 def table(rows: Sequence[Row], least_distance: float, task: str) -> str:
     """Rows as Markdown, and below them what fresh pictures reach."""
     lines = [
-        "| preset | scale | its loss | object right | Fréchet distance | UNet calls | seconds |",
+        "| preset | scale | its loss | object right | Fréchet distance | calls | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -83,9 +84,9 @@ def fill(page: Path, tables: Mapping[str, str], kind: str = "quality") -> None:
     page.write_text(text, "utf-8")
 
 
-def filled(page: str) -> dict[str, str]:
+def filled(page: str, kind: str = "quality") -> dict[str, str]:
     """The tables in a page's text."""
-    return dict(re.findall(r"<!-- quality: (\w+) -->\n(.*?)\n<!-- end -->", page, re.S))
+    return dict(re.findall(rf"<!-- {kind}: (\w+) -->\n(.*?)\n<!-- end -->", page, re.S))
 
 
 # ---- the plot ----
@@ -174,7 +175,7 @@ def _pictures(lab: Lab, point: Point, shown: Sequence[int]) -> Iterator[Image.Im
 
 def lines(rows: Sequence[Row], series: Sequence[Series], task: str) -> list[list[Point]]:
     """What a task's sheet shows: each series at its best, of colours also at half and at twice."""
-    by_name = {s.name: s for s in (*series, *FLOORS) if s.task == task}
+    by_name = {s.name: s for s in (*series, *floors(series[0].model)) if s.task == task}
     factors = (1.0,) if task == "label" else (0.5, 1.0, 2.0)
     return [
         [Point(by_name[row["series"]], row["scale"] * factor) for factor in factors]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pilotfish_emoji import FOLDER
 from pilotfish_likeness.networks import load
 from timing.measure import counted
 from torch import Tensor
@@ -71,7 +72,7 @@ class Lab:
     """Makes pictures with one model, and keeps them.
 
     Args:
-        model: a folder with all that ships: networks, classifier, judge.
+        model: a folder with its networks; the classifier is the emoji model's.
         kept: where finished batches lie.
     """
 
@@ -83,21 +84,21 @@ class Lab:
     def sampler(self) -> pilotfish.Sampler:
         """Loaded when the first picture is made."""
         sampler = pilotfish.load(self.folder)
-        for network in (sampler.model.unet, sampler.model.vae):
+        for network in (sampler.model.denoiser, sampler.model.vae):
             network.to(memory_format=torch.channels_last)  # three quarters of the time on a CPU
         return sampler
 
     @cached_property
     def classifier(self) -> Any:
         """The one that guides: images -> logits."""
-        return load(str(self.folder / "classifier"), torch.device("cpu"), torch.float32)
+        return load(str(FOLDER / "classifier"), torch.device("cpu"), torch.float32)
 
     @cached_property
     def weights(self) -> dict[str, str]:
         """Fingerprints of what pictures depend on."""
         return {
-            "model": _digest(self.folder, "unet", "vae", "text_encoder"),
-            "classifier": _digest(self.folder, "classifier"),
+            "model": digest(self.folder, "unet", "transformer", "vae", "text_encoder*"),
+            "classifier": digest(FOLDER, "classifier"),
         }
 
     def file(self, point: Point, batch: int) -> Path:
@@ -108,7 +109,7 @@ class Lab:
 
     def measure(self, point: Point, batch: int) -> None:
         """Make and keep the pictures of a batch; none where the run breaks."""
-        network = self.sampler.model.unet  # loaded before the clock starts
+        network = self.sampler.model.denoiser  # loaded before the clock starts
         start = time.process_time()  # of one thread: another program's work hardly disturbs it
         with counted(network) as calls:
             pictures = self.pictures(point, batch)
@@ -142,13 +143,14 @@ class Lab:
         return plugins
 
     def read(self, point: Point, batch: int) -> dict[str, np.ndarray] | None:
-        """A finished batch: its `pictures`, `seconds` for each of them, and `calls` of the UNet."""
+        """A finished batch: its `pictures`, `seconds` for each of them, `calls` of the network."""
         file = self.file(point, batch)
         return dict(np.load(file)) if file.exists() else None
 
 
-def _digest(folder: Path, *parts: str) -> str:
+def digest(folder: Path, *parts: str) -> str:
+    """A fingerprint of a model's parts: names or patterns in its folder, those there are."""
     digest = hashlib.sha256()
-    for file in sorted(f for part in parts for f in (folder / part).rglob("*") if f.is_file()):
+    for file in sorted(f for part in parts for f in folder.glob(f"{part}/**/*") if f.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -22,7 +23,11 @@ from pilotfish.guidance.presets import find_preset
 BATCH, BATCHES = 16, 4  # pictures at a time, and for a whole point
 WISHED = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "crown")  # without a prompt
 PALETTE = ("#14213d", "#fca311", "#e5e5e5")
-RUN = {"steps": 25, "scheduler": "euler-ancestral"}  # one that draws noise: `dsg` needs it
+NOISY = {"name": "flowmatch-euler", "stochastic_sampling": True}
+RUNS: dict[str, dict[str, Any]] = {  # by model
+    "emoji": {"steps": 25, "scheduler": "euler-ancestral"},  # one that draws noise, for `dsg`
+    "emoji-flow": {"steps": 25},  # its own scheduler draws none: `dsg` has `NOISY`
+}
 TASKS: dict[str, dict[str, Any]] = {
     "label": {"use": "classifier", "label": 0},  # which class 0 is, `pictures.Turned` says
     "blue": {"use": "blue"},
@@ -39,6 +44,7 @@ class Series:
         task: what is asked for: a label without a prompt, or colours with one.
         name: of the preset, with what is changed of it.
         start: where the search for the best scale starts; 0: no guide.
+        model: a name of `RUNS`.
         preset, guide, run: what differs from the task's own.
     """
 
@@ -46,13 +52,14 @@ class Series:
     name: str
     start: float = 0.0
     preset: str | Mapping[str, Any] = "balanced"
+    model: str = "emoji"
     guide: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompted(self) -> bool:
         """Whether there is a prompt: colours are asked for beside one."""
-        return self.task != "label" or self.name == PROMPTED.name
+        return self.task != "label" or self.name == PROMPTED
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Point:
     def options(self) -> dict[str, Any]:
         """Of the run."""
         guidance_scale = 4.0 if self.series.prompted else 1.0
-        run = {**RUN, "guidance_scale": guidance_scale, **self.series.run}
+        run = {**RUNS[self.series.model], "guidance_scale": guidance_scale, **self.series.run}
         return {**run, "preset": self.series.preset}
 
     @property
@@ -130,25 +137,40 @@ STARTS = {
     | {"freedom": 10.0, "mpgd": 0.25, "tfg": 100.0, "ugd": 200.0, "lgd": 200.0},
 }
 SLOW = ("tfg", "ugd", "lgd")  # several decodes a step
-# For losses that are likelihoods, and for flows: here is neither. closed_form.py measures them.
-ELSEWHERE = ("mmps", "pgdm", "diffpir", "flowchef", "flowdps")
-PROMPTED = Series("label", "prompted")
-FLOORS = (*(Series(task, "unguided") for task in TASKS), PROMPTED)
+LIKELIHOODS = ("mmps", "pgdm", "diffpir")  # no loss here is one: closed_form.py measures them
+FLOWS = ("flowchef", "flowdps")  # only flows have them
+DEAREST = ("ugd", "lgd")  # four to eight times as dear, and far from the best on the emoji model
+ON_FLOWS = ("balanced, 4 cutouts, stop 0.8", "balanced, 4 cutouts, stop 0.8, 3 recurrences")
+PROMPTED, UNGUIDED = "prompted", "unguided"
 
 
-def all_series() -> list[Series]:
+@cache
+def floors(model: str) -> tuple[Series, ...]:
+    """What the others are compared with: no guide, and for a label a prompt instead."""
+    unguided = (Series(task, UNGUIDED, model=model) for task in TASKS)
+    return (*unguided, Series("label", PROMPTED, model=model))
+
+
+@cache
+def all_series(model: str) -> tuple[Series, ...]:
     """Every preset for any loss, for a label and for blue, variants of `balanced`, its palette."""
-    names = [*(name for name in PRESETS if name not in SLOW + ELSEWHERE), *SLOW]
+    flow = model == "emoji-flow"
+    left_out = LIKELIHOODS + (DEAREST if flow else FLOWS)
+    names = [*(name for name in PRESETS if name not in SLOW + left_out), *SLOW]
     presets = [
-        Series(task, name, starts.get(name, 1.0), name)
+        Series(task, name, starts.get(name, 1.0), name, run=run)
         for task, starts in STARTS.items()
         for name in names
+        if name not in left_out
+        for run in [{"scheduler": NOISY} if flow and name == "dsg" else {}]
     ]
-    return [*presets, *variants(), Series("palette", "balanced", 1.0)]
+    more = [s for s in variants() if not flow or s.name in ON_FLOWS]
+    found = [*presets, *more, Series("palette", "balanced", 1.0)]
+    return tuple(dataclasses.replace(s, model=model) for s in found)
 
 
 def variants() -> list[Series]:
-    """For a label: `balanced` with up to 75 calls of the UNet, and the next best presets."""
+    """For a label: `balanced` with up to 75 calls of the network, and the next best presets."""
     looks, called = {"cutouts": 4, "stop": 0.8}, "4 cutouts, stop 0.8"
     often = {"base": "balanced", "recurrence": 3, "recurrence_stop": 0.8}
     as_freedom = {**often, "recurrence_start": 0.3, "recurrence_stop": 0.6}
@@ -187,7 +209,7 @@ def plan(series: Sequence[Series], merit: Merit, *, quick: bool = False) -> Iter
         quick: one batch at one scale.
     """
     batches = 1 if quick else BATCHES
-    yield from _batches([Point(floor) for floor in FLOORS], batches)
+    yield from _batches([Point(floor) for floor in floors(series[0].model)], batches)
     if quick:
         yield from ((Point(s, s.start), 0) for s in series)
         return

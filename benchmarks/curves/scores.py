@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from emoji_training.score import frechet_distance
 from emoji_training.world import COLORS, GLYPHS, pixels, random_style, render
-from pilotfish_emoji import BACKGROUNDS, OBJECTS, judge
+from pilotfish_emoji import BACKGROUNDS, FOLDER, OBJECTS, judge
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pilotfish.hooks import registry
 
 from .pictures import Lab
-from .points import BATCH, BATCHES, FLOORS, TASKS, WISHED, Point, Series, labels
+from .points import BATCH, BATCHES, TASKS, UNGUIDED, WISHED, Point, Series, floors, labels
 
 FRESH = 1024  # pictures of the world to compare with
 
@@ -41,7 +41,7 @@ class Scores:
     """
 
     def __init__(self, lab: Lab, batches: int = BATCHES) -> None:
-        self.lab, self.judge, self.count = lab, judge.load(lab.folder), batches * BATCH
+        self.lab, self.judge, self.count = lab, judge.load(FOLDER), batches * BATCH
         self._batch = cache(self._scored)
 
     def batches(self, point: Point) -> list[Batch]:
@@ -55,7 +55,7 @@ class Scores:
         The judge's mean probability of the wanted object; where colours are guided, times the part
         of the unguided loss that is gone. -inf where the run breaks; None if it is not done yet.
         """
-        floor = next(Point(f) for f in FLOORS if f.task == point.series.task)
+        floor = unguided_point(point.series)
         if not (self._exists(point, 0) and self._exists(floor, 0)):
             return None
         batch, unguided = self._batch(point, 0), self._batch(floor, 0)
@@ -73,8 +73,8 @@ class Scores:
         row["count"] = sum(len(batch.features) for batch in batches)
         for name in batches[0].values:
             row[name] = mean([v for batch in batches for v in batch.values[name]])
-        floor = next(Point(f) for f in FLOORS if f.task == series.task)
-        row["merit"] = round(_merit(batches, self.batches(floor), series.task), 4)
+        floor = self.batches(unguided_point(series))
+        row["merit"] = round(_merit(batches, floor, series.task), 4)
         if row["count"] == self.count:
             features = torch.cat([batch.features for batch in batches])
             row["distance"] = round(frechet_distance(features, self.world(series.task)), 1)
@@ -161,6 +161,12 @@ class Scores:
     def _features(self, renders: Iterator[Any]) -> Tensor:
         images = torch.stack([pixels(picture) for picture in renders]).float() / 255
         return torch.cat([self.judge.features(part) for part in images.split(64)])
+
+
+def unguided_point(series: Series) -> Point:
+    """What a series' task comes to without a guide."""
+    unguided = (f for f in floors(series.model) if f.name == UNGUIDED)
+    return next(Point(floor) for floor in unguided if floor.task == series.task)
 
 
 def _merit(batches: Sequence[Batch | None], unguided: Sequence[Batch | None], task: str) -> float:

@@ -14,18 +14,26 @@ pictures are kept in the working folder.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import EACH, OBJECTS, RUN, draw, kept
+from PIL import Image, ImageDraw, ImageFont
 from pilotfish_emoji import judge as judges
 from pilotfish_emoji_flow import names as flow
 from torch import Tensor
 
 import pilotfish
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+from emoji_training.world import sheet
+
+OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
+EACH = 8  # pictures of an object
+RUN: dict[str, Any] = {"steps": 12, "scheduler": "ddim"}
 # Scale, tau and alpha: the defaults, and stronger.
 STRENGTHS = ((5.0, 2.5, 0.25), (5.0, 2.5, 0.5))
 
@@ -38,6 +46,31 @@ def drawn(sampler: pilotfish.Sampler, run: dict[str, Any], plugins: list[dict[st
         result = sampler(f"a {name}", plugins=plugins, **options)
         parts += [pilotfish.pixels(image) for image in result.images]
     return (torch.cat(parts) * 255).round().byte()
+
+
+def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """What lies in the file, (N, 3, 64, 64) in [0, 1]; made and written there if nothing does."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        torch.save(make(), part)
+        part.rename(path)
+    images: Tensor = torch.load(path, weights_only=True).float() / 255
+    return images
+
+
+def draw(pictures: dict[str, Tensor], path: Path) -> None:
+    """A row for each method, of two pictures of each wish, with its name above it."""
+    strips = {}
+    for name, images in pictures.items():
+        strips[name] = sheet(images.unflatten(0, (-1, EACH))[:, :2].flatten(0, 1), 16)
+    width, height = next(iter(strips.values())).size
+    canvas = Image.new("RGB", (width, (height + 18) * len(strips)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    for number, (name, strip) in enumerate(strips.items()):
+        top = number * (height + 18)
+        pen.text((2, top + 1), name, fill="black", font=font)
+        canvas.paste(strip, (0, top + 18))
+    canvas.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:
