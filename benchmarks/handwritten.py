@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import open_clip
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 Loss = Callable[[Tensor], Tensor]  # picture (B, 3, 8H, 8W) in [0, 1] -> (B,)
-Network = Callable[[Tensor], Tensor]  # latents -> eps
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,29 @@ class Work:
     scale: float = 50.0
 
 
-# ---- loops; for schedulers whose latents are x0 + sigma * eps: Euler, LMS, Heun ----
+# ---- loops; for flows, and schedulers whose latents are x0 + sigma * eps: Euler, LMS, Heun ----
 
 
-def unguided(pipeline: StableDiffusionPipeline, work: Work) -> tuple[Tensor, list]:
-    """Latents and pictures: UNet, classifier-free guidance, `scheduler.step`."""
+def unguided(pipeline: DiffusionPipeline, work: Work) -> tuple[Tensor, list]:
+    """Latents and pictures: the network, classifier-free guidance, `scheduler.step`."""
     with torch.no_grad():
-        scheduler, embeddings, latents = start(pipeline, work)
-        for timestep in scheduler.timesteps:
-            network = at(pipeline, scheduler, timestep, embeddings, work.guidance_scale)
-            latents = scheduler.step(network(latents), timestep, latents, return_dict=False)[0]
-        return latents, pictures(pipeline, latents)
+        model = of(pipeline, work)
+        latents = model.noise
+        for timestep in model.scheduler.timesteps:
+            output = model.output(latents, timestep)
+            latents = model.scheduler.step(output, timestep, latents, return_dict=False)[0]
+        return model.cells(latents), model.pictures(latents)
 
 
-def outside(pipeline: StableDiffusionPipeline, work: Work) -> tuple[Tensor, list]:
+def outside(pipeline: DiffusionPipeline, work: Work) -> tuple[Tensor, list]:
     """What every run has once: prompts encoded and noise drawn, pictures decoded; no step."""
     with torch.no_grad():
-        latents = start(pipeline, work)[2]
-        return latents, pictures(pipeline, latents)
+        model = of(pipeline, work)
+        return model.cells(model.noise), model.pictures(model.noise)
 
 
 def guided(
-    pipeline: StableDiffusionPipeline,
-    work: Work,
-    losses: Sequence[Loss],
-    gradient: Callable[..., tuple[Tensor, Tensor]],
+    pipeline: DiffusionPipeline, work: Work, losses: Sequence[Loss], gradient: "Gradient"
 ) -> tuple[Tensor, list]:
     """Latents and pictures under several losses on the predicted picture, at every step.
 
@@ -66,102 +64,90 @@ def guided(
     Args:
         gradient: `summed`, `summed_at_x0`, `retained` or `textbook`.
     """
-    scheduler, embeddings, latents = start(pipeline, work)
-    for index, timestep in enumerate(scheduler.timesteps):
-        sigma = scheduler.sigmas[index]
-        network = at(pipeline, scheduler, timestep, embeddings, work.guidance_scale)
-        eps, slope = gradient(pipeline, network, losses, latents, sigma)
+    model = of(pipeline, work)
+    latents = model.noise
+    for index, timestep in enumerate(model.scheduler.timesteps):
+        sigma = model.scheduler.sigmas[index]
+        output, slope = gradient(model, losses, latents, timestep, sigma)
         latents = latents - (work.scale * sigma**2 * slope.float()).to(latents.dtype)
-        latents = scheduler.step(eps, timestep, latents, return_dict=False)[0]
+        latents = model.scheduler.step(output, timestep, latents, return_dict=False)[0]
     with torch.no_grad():
-        return latents, pictures(pipeline, latents)
+        return model.cells(latents), model.pictures(latents)
 
 
-def fitting_scale(pipeline: StableDiffusionPipeline, work: Work, loss: Loss) -> float:
+def fitting_scale(pipeline: DiffusionPipeline, work: Work, loss: Loss) -> float:
     """The strength at which a loss's first move is a third of the latents' standard deviation."""
-    scheduler, embeddings, latents = start(pipeline, work)
-    sigma, timestep = scheduler.sigmas[0], scheduler.timesteps[0]
-    network = at(pipeline, scheduler, timestep, embeddings, work.guidance_scale)
+    model = of(pipeline, work)
+    sigma, timestep = model.scheduler.sigmas[0], model.scheduler.timesteps[0]
     large = 2.0**16  # pixel gradients of a CLIP vanish in float16
 
     def enlarged(image: Tensor) -> Tensor:
         return large * loss(image)
 
-    slope = summed(pipeline, network, [enlarged], latents, sigma)[1].float() / large
-    return float(latents.float().std() / (3 * sigma**2 * slope).std())
+    slope = summed(model, [enlarged], model.noise, timestep, sigma)[1].float() / large
+    return float(model.noise.float().std() / (3 * sigma**2 * slope).std())
 
 
-# ---- eps, and the gradient of the losses: four ways ----
+# ---- the network's output, and the gradient of the losses: four ways ----
 
 
 def summed(
-    pipeline: StableDiffusionPipeline,
-    network: Network,
-    losses: Sequence[Loss],
-    latents: Tensor,
-    sigma: Tensor,
+    model: "Model", losses: Sequence[Loss], latents: Tensor, timestep: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One graph for all losses, and one backward from their sum: the best that a loop can do."""
     latents = latents.detach().requires_grad_()
-    eps = network(latents)
-    image = decode(pipeline, clean(latents, eps, sigma))
+    output = model.output(latents, timestep)
+    image = model.decode(clean(latents, output, sigma))
     total = torch.stack([loss(image).sum() for loss in losses]).sum()
-    return eps.detach(), torch.autograd.grad(total, latents)[0]
+    return output.detach(), torch.autograd.grad(total, latents)[0]
 
 
 def summed_at_x0(
-    pipeline: StableDiffusionPipeline,
-    network: Network,
-    losses: Sequence[Loss],
-    latents: Tensor,
-    sigma: Tensor,
+    model: "Model", losses: Sequence[Loss], latents: Tensor, timestep: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same, with the gradient taken at the predicted x0 instead of through the UNet."""
+    """The same, with the gradient taken at the predicted x0 instead of through the network."""
     with torch.no_grad():
-        eps = network(latents)
-    x0 = clean(latents, eps, sigma).requires_grad_()
-    image = decode(pipeline, x0)
+        output = model.output(latents, timestep)
+    x0 = clean(latents, output, sigma).requires_grad_()
+    image = model.decode(x0)
     total = torch.stack([loss(image).sum() for loss in losses]).sum()
-    return eps, torch.autograd.grad(total, x0)[0]
+    return output, torch.autograd.grad(total, x0)[0]
 
 
 def retained(
-    pipeline: StableDiffusionPipeline,
-    network: Network,
-    losses: Sequence[Loss],
-    latents: Tensor,
-    sigma: Tensor,
+    model: "Model", losses: Sequence[Loss], latents: Tensor, timestep: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One graph for all losses, and a backward through all of it for each of them."""
     latents = latents.detach().requires_grad_()
-    eps = network(latents)
-    image = decode(pipeline, clean(latents, eps, sigma))
+    output = model.output(latents, timestep)
+    image = model.decode(clean(latents, output, sigma))
     gradients = [
         torch.autograd.grad(loss(image).sum(), latents, retain_graph=loss is not losses[-1])[0]
         for loss in losses
     ]
-    return eps.detach(), torch.stack(gradients).sum(dim=0)
+    return output.detach(), torch.stack(gradients).sum(dim=0)
 
 
 def textbook(
-    pipeline: StableDiffusionPipeline,
-    network: Network,
-    losses: Sequence[Loss],
-    latents: Tensor,
-    sigma: Tensor,
+    model: "Model", losses: Sequence[Loss], latents: Tensor, timestep: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The prediction without a graph, then for each loss a function that builds one of its own.
 
     What stacking the guidance of several scripts comes to: each brings a `cond_fn(latents)`.
     """
     with torch.no_grad():
-        eps = network(latents)
+        output = model.output(latents, timestep)
     slope = torch.zeros_like(latents)
     for loss in losses:
         leaf = latents.detach().requires_grad_()
-        image = decode(pipeline, clean(leaf, network(leaf), sigma))
+        image = model.decode(clean(leaf, model.output(leaf, timestep), sigma))
         slope = slope + torch.autograd.grad(loss(image).sum(), leaf)[0]
-    return eps, slope
+    return output, slope
+
+
+def clean(latents: Tensor, output: Tensor, sigma: Tensor) -> Tensor:
+    """Predicted clean latents, float32: of the noise, and of a flow's velocity `noise - x0`."""
+    return latents.float() - sigma * output.float()
 
 
 # ---- losses ----
@@ -221,74 +207,162 @@ def clips(model: open_clip.CLIP, count: int, dtype: torch.dtype) -> list[Loss]:
     return [similarity(see, side, target) for target in targets]
 
 
-# ---- what all of them share ----
+# ---- what loops call: a pipeline's networks, told what the work says ----
 
 
-def start(pipeline: StableDiffusionPipeline, work: Work) -> tuple[SchedulerMixin, Tensor, Tensor]:
-    """A fresh scheduler, the embeddings (2B, T, D) with the empty prompts first, and the noise."""
-    unet, device = pipeline.unet, pipeline.unet.device
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    scheduler.set_timesteps(work.steps, device=device)
-    with torch.no_grad():
-        pair = torch.cat([embed(pipeline, ""), embed(pipeline, work.prompt)]).to(unet.dtype)
-    side = unet.config.sample_size
-    shape = (1, unet.config.in_channels, side, side)
-    noise = torch.cat(
-        [
-            torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=unet.dtype)
-            for seed in range(work.seed, work.seed + work.batch)
+class Model:
+    """`StableDiffusionPipeline`'s, whose network predicts the noise.
+
+    Attributes:
+        scheduler: a fresh one.
+        noise: the first latents.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, work: Work) -> None:
+        self.pipeline, self.work, self.vae = pipeline, work, pipeline.vae
+        self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        self._begin()
+        with torch.no_grad():
+            self.told = self._told()
+
+    def _begin(self) -> None:
+        """The scheduler's timesteps, and the noise."""
+        unet = self.pipeline.unet
+        self.scheduler.set_timesteps(self.work.steps, device=unet.device)
+        noise = self._drawn(unet, unet.config.in_channels, unet.config.sample_size)
+        self.noise = noise * self.scheduler.init_noise_sigma
+
+    def _drawn(self, network: torch.nn.Module, channels: int, side: int) -> Tensor:
+        """Each image's from a generator of its own, (B, C, side, side)."""
+        shape, first = (1, channels, side, side), self.work.seed
+        generators = [
+            torch.Generator().manual_seed(first + number) for number in range(self.work.batch)
         ]
-    )
-    embeddings = pair.repeat_interleave(work.batch, dim=0)
-    return scheduler, embeddings, noise.to(device) * scheduler.init_noise_sigma
+        noise = [torch.randn(shape, generator=g, dtype=network.dtype) for g in generators]
+        return torch.cat(noise).to(network.device)
+
+    def _told(self) -> Tensor:
+        """The embeddings (2B, T, D), with those of the empty prompt first."""
+        pair = torch.cat([self._embedded(""), self._embedded(self.work.prompt)])
+        return pair.to(self.pipeline.unet.dtype).repeat_interleave(self.work.batch, dim=0)
+
+    def _embedded(self, prompt: str) -> Tensor:
+        """The text encoder's output (1, T, D)."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        ids = tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return encoder(ids.to(encoder.device))[0]
+
+    def output(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """What the network predicts, under classifier-free guidance."""
+        doubled = self.scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
+        both = self.pipeline.unet(
+            doubled, timestep, encoder_hidden_states=self.told, return_dict=False
+        )[0]
+        return self._led(both)
+
+    def _led(self, both: Tensor) -> Tensor:
+        uncond, cond = both.chunk(2)
+        return uncond + self.work.guidance_scale * (cond - uncond)
+
+    def cells(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE has them, (B, C, H, W)."""
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The picture (B, 3, 8H, 8W) in [0, 1], not clamped."""
+        return self._decoded(latents.to(self.vae.dtype)).float() / 2 + 0.5
+
+    def pictures(self, latents: Tensor) -> list:
+        """PIL pictures."""
+        return self.pipeline.image_processor.postprocess(self._decoded(latents))
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        scaled = self.cells(latents) / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.decode(scaled, return_dict=False)[0]
 
 
-def embed(pipeline: StableDiffusionPipeline, prompt: str) -> Tensor:
-    """The text encoder's output (1, T, D)."""
-    tokenizer = pipeline.tokenizer
-    ids = tokenizer(
-        prompt,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-    return pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0]
+class StableDiffusion3(Model):
+    """`StableDiffusion3Pipeline`'s: a flow, and a transformer told what its encoders pool too."""
 
+    def _begin(self) -> None:
+        transformer = self.pipeline.transformer
+        self.scheduler.set_timesteps(self.work.steps, device=transformer.device)
+        side = self.pipeline.default_sample_size
+        self.noise = self._drawn(transformer, transformer.config.in_channels, side)
 
-def at(
-    pipeline: StableDiffusionPipeline,
-    scheduler: SchedulerMixin,
-    timestep: Tensor,
-    embeddings: Tensor,
-    guidance_scale: float,
-) -> Network:
-    """The noise that the UNet predicts at a timestep, under classifier-free guidance."""
-
-    def network(latents: Tensor) -> Tensor:
-        doubled = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-        output = pipeline.unet(
-            doubled, timestep, encoder_hidden_states=embeddings, return_dict=False
+    def _told(self) -> dict[str, Tensor]:
+        cond, uncond, pooled, unpooled = self.pipeline.encode_prompt(
+            self.work.prompt, None, None, num_images_per_prompt=self.work.batch
         )
-        uncond, cond = output[0].chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        return {
+            "encoder_hidden_states": torch.cat([uncond, cond]),
+            "pooled_projections": torch.cat([unpooled, pooled]),
+        }
 
-    return network
-
-
-def clean(latents: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-    """Predicted clean latents, float32."""
-    return latents.float() - sigma * eps.float()
-
-
-def decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> Tensor:
-    """The picture (B, 3, 8H, 8W) in [0, 1], not clamped."""
-    vae = pipeline.vae
-    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-    return vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5
+    def output(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """What the network predicts, under classifier-free guidance."""
+        doubled = torch.cat([latents] * 2)
+        times = timestep.expand(len(doubled))
+        both = self.pipeline.transformer(doubled, timestep=times, **self.told, return_dict=False)
+        return self._led(both[0])
 
 
-def pictures(pipeline: StableDiffusionPipeline, latents: Tensor) -> list:
-    """PIL pictures."""
-    image = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    return pipeline.image_processor.postprocess(image)
+class Flux(Model):
+    """`FluxPipeline`'s: a flow on packed latents, and a network that is told the guidance scale."""
+
+    def _begin(self) -> None:
+        transformer, config = self.pipeline.transformer, self.scheduler.config
+        self.side = self.pipeline.default_sample_size
+        noise = self._drawn(transformer, transformer.config.in_channels // 4, self.side)
+        self.noise = self.pipeline._pack_latents(noise, *noise.shape)
+        shift = calculate_shift(
+            self.noise.shape[1],
+            config.base_image_seq_len,
+            config.max_image_seq_len,
+            config.base_shift,
+            config.max_shift,
+        )
+        sigmas = torch.linspace(1, 1 / self.work.steps, self.work.steps, dtype=torch.double)
+        self.scheduler.set_timesteps(sigmas=sigmas.numpy(), mu=shift, device=transformer.device)
+
+    def _told(self) -> dict[str, Tensor]:
+        text, pooled, places = self.pipeline.encode_prompt(
+            self.work.prompt, None, num_images_per_prompt=self.work.batch
+        )
+        half = self.side // 2
+        grid = torch.cartesian_prod(*map(torch.arange, (1, half, half))).to(text)
+        guidance = text.new_full([self.work.batch], self.work.guidance_scale, dtype=torch.float)
+        return {
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "txt_ids": places,
+            "img_ids": grid,
+            "guidance": guidance,
+        }
+
+    def output(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """What the network predicts, in tokens."""
+        times = timestep.expand(len(latents)).to(latents.dtype) / 1000
+        tokens = latents.view_as(latents)  # torch's counter of operations hooks no leaf
+        return self.pipeline.transformer(tokens, timestep=times, **self.told, return_dict=False)[0]
+
+    def cells(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE has them, (B, C, H, W), from tokens."""
+        factor = self.pipeline.vae_scale_factor
+        return self.pipeline._unpack_latents(latents, *(2 * [self.side * factor]), factor)
+
+
+Gradient = Callable[[Model, Sequence[Loss], Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+MODELS = {"StableDiffusion3Pipeline": StableDiffusion3, "FluxPipeline": Flux}
+
+
+def of(pipeline: DiffusionPipeline, work: Work) -> Model:
+    """A pipeline's networks as its loop calls them."""
+    return MODELS.get(type(pipeline).__name__, Model)(pipeline, work)

@@ -1,7 +1,7 @@
 """How fast pilotfish is beside diffusers and beside hand-written loops: only ratios.
 
     python benchmarks/speed.py --profile smoke    # the emoji model, about a minute
-    python benchmarks/speed.py --profile cpu      # random weights in Stable Diffusion's shape
+    python benchmarks/speed.py --profile cpu      # random weights, three families' shapes
     python benchmarks/speed.py --profile gpu      # Stable Diffusion 1.5's and SDXL's size
     python benchmarks/speed.py --memory           # a guided run of SD 1.5's size on the CPU
     python benchmarks/speed.py --tables           # write README.md's tables from results/
@@ -69,9 +69,10 @@ def profile(args: argparse.Namespace, device: torch.device, out: Path) -> Iterat
 
 def changed(scene: Scene, args: argparse.Namespace) -> Scene:
     """The scene as the command line has it."""
-    own = {name: getattr(args, name) for name in ("model", "steps", "rounds", "minutes", "dtype")}
-    scene = replace(scene, **{name: value for name, value in own.items() if value is not None})
-    return replace(scene, name=f"{scene.name}: {args.model}", large=None) if args.model else scene
+    own = {name: getattr(args, name) for name in ("steps", "rounds", "minutes", "dtype")}
+    if args.model and not scene.model.startswith(args.model):  # "random sd3" is random
+        scene = replace(scene, name=f"{scene.name}: {args.model}", model=args.model, large=None)
+    return replace(scene, **{name: value for name, value in own.items() if value is not None})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -84,7 +85,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="only write the README's tables")
     parser.add_argument("--device", help="cpu or cuda; the profile's own if not given")
     parser.add_argument("--scheduler", choices=models.SCHEDULERS, default="euler")
-    parser.add_argument("--model", help="emoji, random, small, sd15, sdxl, a folder")
+    parser.add_argument("--model", help="emoji, random, random flux, small, sd15, a folder")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="in every scene"
     )

@@ -8,14 +8,22 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = ("costs", "curves", "decoders", "handwritten", "timing")
 
 
 @pytest.fixture
-def decoders(monkeypatch):
+def script(monkeypatch):
+    """One of them, as a module."""
     pytest.importorskip("pilotfish_emoji")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "decoders", raising=False)
-    return importlib.import_module("decoders")
+    yield importlib.import_module
+    for name in [n for n in sys.modules if n.split(".")[0] in SCRIPTS]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def decoders(script):
+    return script("decoders")
 
 
 def test_the_page_on_decoders_shows_what_was_measured(decoders):
@@ -35,3 +43,34 @@ def test_the_tiny_decoder_that_is_measured_is_small_and_fits_the_emoji_model(dec
     count = sum(p.numel() for p in network.parameters())
     assert f"{count / 1e6:.2f} million" == "0.12 million"
     assert network.decode(decoders.torch.zeros(1, 4, 16, 16)).sample.shape == (1, 3, 64, 64)
+
+
+def test_the_page_on_costs_shows_what_was_measured(script):
+    result = json.loads((BENCHMARKS / "results" / "costs.json").read_text())
+    page = (BENCHMARKS.parent / "docs" / "guidance.md").read_text()
+    costs = script("costs")
+    assert result.keys() == costs.ROWS.keys()
+    assert costs.table(result) in page
+    times, sizes = (
+        [result[f"`best-of`, {count} particles"][key] for count in (2, 4, 8)]
+        for key in ("milliseconds", "peak_bytes")
+    )
+    for values, most in ((times, 1.25), (sizes, 1.05)):  # a straight line through the three
+        first, second = values[1] - values[0], (values[2] - values[1]) / 2
+        assert 1 / most < second / first < most
+
+
+def test_costs_are_counted_where_they_arise(script, monkeypatch, tmp_path):
+    costs = script("costs")
+    monkeypatch.setattr(costs, "STEPS", (1, 2))
+    pipeline = costs.models.load("emoji", costs.CPU, costs.torch.float32)
+    rows = costs.rows_of(pipeline, tmp_path)
+
+    def counted(name):
+        return tuple(costs.counted(pipeline, rows[name]).values())
+
+    assert counted(costs.PLAIN) == (2, 1, 0)  # predictions, calls, decodes
+    assert counted("`pag`") == (3, 2, 0)
+    assert counted("`blue`") == (2, 1, 1)
+    assert counted("`best-of`, 2 particles") == (4, 1, 1)
+    assert counted("`controlnet`") == counted("`lora`") == (2, 1, 0)

@@ -150,10 +150,10 @@ def count_flops(run: Callable[[], object]) -> int:
 
 
 def count_calls(bench: Bench, run: Callable[[], object]) -> dict[str, int]:
-    """How often a row calls the UNet and the decoder."""
-    with counted(bench.pipeline.unet) as unet, counted(bench.pipeline.vae.decoder) as decoder:
+    """How often a row calls the network and the decoder."""
+    with counted(bench.network) as network, counted(bench.pipeline.vae.decoder) as decoder:
         run()
-    return {"unet": len(unet), "decoder": len(decoder)}
+    return {"network": len(network), "decoder": len(decoder)}
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def count(bench: Bench, row: Row, work: Work, device: torch.device) -> dict[str,
     one = replace(work, steps=1)
     steps = 1 if row.steady else work.steps
     counts: dict[str, int | None] = {"steps": steps}
-    counts |= dict.fromkeys(("flops", "unet_calls", "decoder_calls"))
+    counts |= dict.fromkeys(("flops", "network_calls", "decoder_calls"))
     if row.counted:
 
         def run() -> None:

@@ -40,6 +40,23 @@ class Size:
     tiny: int = 64
 
 
+@dataclass(frozen=True)
+class FlowSize:
+    """The shape of a random transformer; its text encoders and the rest are the tiny model's.
+
+    Attributes:
+        family: "sd3" or "flux".
+        transformer, vae: where they differ from the tiny model's.
+        clip, tiny: as a `Size` has them.
+    """
+
+    family: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    clip: dict[str, Any]
+    tiny: int = 12
+
+
 def vae(channels: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """An AutoencoderKL's arguments."""
     return {
@@ -67,9 +84,12 @@ def vit(image: int, patch: int, width: int, layers: int) -> dict[str, Any]:
 
 
 TINY_CLIP = vit(image=32, patch=8, width=32, layers=2)
-SIZES = {
-    # Stable Diffusion 1.5's shape on 128 pixels. CLIP and tiny decoder are to its UNet what
-    # ViT-B/32 and TAESD are to that one: 0.6 % and 9 % of the operations of an unguided step.
+# CLIP and tiny decoder are to the small UNet what ViT-B/32 and TAESD are to Stable Diffusion's:
+# 0.6 % and 9 % of the operations of an unguided step.
+SMALL_CLIP = vit(image=56, patch=8, width=64, layers=4)
+SIDE = 16  # of the latents of small flows; with a VAE of factor 8, 128 pixels
+SIZES: dict[str, Size | FlowSize] = {
+    # Stable Diffusion 1.5's shape on 128 pixels.
     "small": Size(
         unet={
             "sample_size": 16,
@@ -79,8 +99,23 @@ SIZES = {
         },
         vae=vae((32, 64, 128, 128), norm_num_groups=8, sample_size=128),
         text=(128, 2),
-        clip=vit(image=56, patch=8, width=64, layers=4),
+        clip=SMALL_CLIP,
         tiny=12,
+    ),
+    # Some 50 ms a step on one core: 333 tokens of text for both prompts, and 512 for one.
+    "small sd3": FlowSize(
+        "sd3",
+        transformer={"num_layers": 4, "num_attention_heads": 6, "attention_head_dim": 32}
+        | {"caption_projection_dim": 192},
+        vae=vae((32, 64, 128, 128), norm_num_groups=8),
+        clip=SMALL_CLIP,
+    ),
+    "small flux": FlowSize(
+        "flux",
+        transformer={"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 6}
+        | {"attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)},
+        vae=vae((32, 64, 128, 128), norm_num_groups=8),
+        clip=SMALL_CLIP,
     ),
     "sd15": Size(
         unet={"sample_size": 64, "cross_attention_dim": 768},
@@ -110,19 +145,26 @@ SIZES = {
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, scheduler: str = "euler") -> Any:
-    """A `StableDiffusionPipeline`: "emoji", "random" (tiny), a size, or a diffusers folder."""
+    """A pipeline: "emoji", "random" (tiny), "random sd3", a size, or a diffusers folder."""
+    tiny, _, family = name.partition(" ")
     if name in SIZES:
-        pipeline = build(SIZES[name], device, dtype)
-    elif name == "random":
-        pipeline = random_pipeline(dtype=dtype).to(device)
+        pipeline = (build if isinstance(SIZES[name], Size) else build_flow)(
+            SIZES[name], device, dtype
+        )
+    elif tiny == "random":
+        pipeline = random_pipeline(dtype=dtype, family=family or "stable-diffusion").to(device)
     else:
         folder = locate(None if name == "emoji" else name)
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             folder, dtype=dtype, safety_checker=None, requires_safety_checker=False
         ).to(device)
-    pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        network.requires_grad_(False)
+    if hasattr(pipeline, "unet"):
+        pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+    else:  # FLUX has no size of its own, and a flow's levels come with its scheduler
+        pipeline.default_sample_size = SIDE
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -159,6 +201,18 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
+def build_flow(size: FlowSize, device: torch.device, dtype: torch.dtype) -> Any:
+    """A pipeline of random weights, as large as `size` says."""
+    pipeline = random_pipeline(dtype=dtype, family=size.family).to(device)
+    parts = pipeline.components
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        for name, changes in (("transformer", size.transformer), ("vae", size.vae)):
+            network = type(parts[name]).from_config({**parts[name].config, **changes})
+            parts[name] = network.to(device, dtype).eval()
+    return type(pipeline)(**parts)
+
+
 def load_clip(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The CLIP that guides a model of that name."""
     if name == "emoji":
@@ -166,13 +220,14 @@ def load_clip(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     return make_clip(SIZES[name].clip if name in SIZES else TINY_CLIP, device, dtype)
 
 
-def save_tiny(name: str, factor: int, folder: str) -> None:
-    """Write a random `AutoencoderTiny` of TAESD's layout for latents enlarged so many times."""
+def save_tiny(name: str, vae: Any, folder: str) -> None:
+    """Write a random `AutoencoderTiny` of TAESD's layout for a VAE's latents."""
     channels = SIZES[name].tiny if name in SIZES else 16
-    stages = factor.bit_length()  # each but the last doubles
+    stages = len(vae.config.block_out_channels)  # each but the last doubles
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         diffusers.AutoencoderTiny(
+            latent_channels=vae.config.latent_channels,
             encoder_block_out_channels=(channels,) * stages,
             decoder_block_out_channels=(channels,) * stages,
             num_encoder_blocks=(1, *(3,) * (stages - 1)),

@@ -100,13 +100,22 @@ class Bench:
         return pilotfish.Sampler.from_pipeline(self.pipeline)
 
     @property
-    def tolerance(self) -> float:
-        return CLOSE if self.pipeline.unet.dtype == torch.float32 else HALF
+    def network(self) -> Any:
+        """The UNet or transformer."""
+        return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
 
-    def diffusers(self, work: Work, output_type: str = "pil") -> list[Any] | Tensor:
-        """Its own pipeline's answer."""
+    @property
+    def tolerance(self) -> float:
+        return CLOSE if self.network.dtype == torch.float32 else HALF
+
+    def latents(self, work: Work) -> Tensor:
+        """Its own pipeline's, (B, C, H, W)."""
+        return handwritten.of(self.pipeline, work).cells(self.diffusers(work, "latent"))
+
+    def diffusers(self, work: Work, output_type: str = "pil") -> Any:
+        """Its own pipeline's answer: pictures, or latents as it has them."""
         seeds = range(work.seed, work.seed + work.batch)
-        answer: list[Any] | Tensor = self.pipeline(
+        return self.pipeline(
             work.prompt,
             num_inference_steps=work.steps,
             guidance_scale=work.guidance_scale,
@@ -114,7 +123,6 @@ class Bench:
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type=output_type,
         ).images
-        return answer
 
     def ours(self, work: Work, *plugins: Any, **options: Any) -> Answer:
         """Our loop."""
@@ -157,13 +165,14 @@ def unguided(bench: Bench) -> dict[str, Row]:
     idle = [Idle() for _ in range(PLUGINS)]
     none = pilotfish.guide(lambda step: None, gradient="x0")
     return {
-        "U0": Row("diffusers' StableDiffusionPipeline", lambda work: (None, bench.diffusers(work))),
-        "U0 latents": Row(
-            "its latents", lambda work: (bench.diffusers(work, "latent"), []), timed=False
+        "U0": Row(
+            f"diffusers' {type(bench.pipeline).__name__}",
+            lambda work: (None, bench.diffusers(work)),
         ),
+        "U0 latents": Row("its latents", lambda work: (bench.latents(work), []), timed=False),
         "U1": Row("pilotfish, no plugins", bench.ours, "U0 latents"),
         "U2": Row(
-            "hand-written, UNet and scheduler.step",
+            "hand-written, network and scheduler.step",
             lambda work: handwritten.unguided(bench.pipeline, work),
             "U0 latents",
         ),
@@ -316,7 +325,7 @@ def rows_of(bench: Bench, names: Sequence[str]) -> dict[str, Row]:
             rows |= again(bench)
     if missing := [name for name in names if name not in rows]:
         raise ValueError(f"no rows {missing}; there are: {', '.join(rows)}")
-    if bench.pipeline.unet.dtype == torch.float16:  # by hand, pixel gradients of a CLIP vanish
+    if bench.network.dtype == torch.float16:  # by hand, pixel gradients of a CLIP vanish
         by_hand = {n: r for n, r in rows.items() if r.same_as and r.same_as.startswith("H")}
         rows |= {name: replace(row, same_as=None) for name, row in by_hand.items()}
     twins = {rows[name].same_as for name in names} | {"U0 latents"}

@@ -48,7 +48,7 @@ def play(scene: Scene, device: torch.device, scheduler: str) -> dict[str, Any]:
     pipeline = models.load(scene.model, device, dtype, scheduler)
     clip = models.load_clip(scene.model, device, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        models.save_tiny(scene.model, pipeline.vae_scale_factor, folder)
+        models.save_tiny(scene.model, pipeline.vae, folder)
         bench = Bench(pipeline, handwritten.clips(clip, 8, dtype), folder)
         if scene.large is not None:
             large = models.make_clip(scene.large, device, dtype)

@@ -18,7 +18,7 @@ from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32, draw
 from . import decoders, schedulers
 from .checkpointing import checkpoint_layers
-from .copies import float32, offload_hook, own_copy
+from .copies import float32, has_hooks, offload_hook, own_copy
 from .protocol import Again, Defaults, Generators, TextEncoder
 from .schedulers import diffusers
 from .text import ClipText
@@ -110,16 +110,16 @@ class PipelineFamily:
         """Take the pipeline's parts as they are now."""
         pipeline = self._pipeline
         self._refuse()
-        self._networks = [n for n, p in pipeline.components.items() if isinstance(p, nn.Module)]
-        for name in self._networks:
-            setattr(self, name, getattr(pipeline, name))
+        parts = {n: p for n, p in pipeline.components.items() if isinstance(p, nn.Module)}
+        vars(self).update(parts)
+        self._networks = list(parts)
         self.scheduler = pipeline.scheduler
         self.device = next(self.denoiser.parameters()).device
-        if self.device.type in ("cpu", "meta"):  # where hooks let weights wait
-            self.device = torch.device(pipeline._execution_device)
+        if self.device.type in ("cpu", "meta") and any(map(has_hooks, parts.values())):
+            self.device = torch.device(pipeline._execution_device)  # where weights wait for a call
         self.dtype = decoders.dtype_of(self.denoiser)
         self.factor = int(pipeline.vae_scale_factor) * self.cells
-        self.offloads = any(offload_hook(getattr(self, name)) for name in self._networks)
+        self.offloads = any(map(offload_hook, parts.values()))
         if self.upcasts and self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae = self._vae_float32()
         sides = (self._side, self._side) if isinstance(self._side, int) else self._side
