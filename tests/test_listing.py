@@ -1,13 +1,16 @@
 """What `plugins list` and `plugins show` tell a newcomer, on a wide terminal and a narrow one."""
 
+import importlib.util
 import re
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from pilotfish import Area, Guide, Plugin, Setting, Strength
 from pilotfish.cli import main, sources, wording
@@ -188,3 +191,50 @@ def test_every_kind_of_setting_has_its_words() -> None:
 def test_the_headings_are_those_of_the_classes() -> None:
     assert {load_class(name).heading for name in NAMES} == HEADINGS
     assert (Guide.heading, Plugin.heading) == ("losses on the picture", "others")
+
+
+# ---- docs/shipped.md ----
+
+
+@pytest.fixture(scope="module")
+def make_shipped() -> Any:
+    path = Path(__file__).parents[1] / "docs" / "make_shipped.py"
+    spec = importlib.util.spec_from_file_location("make_shipped", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_shipped"] = module  # for its dataclass
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_plugin_that_ships_stands_under_its_heading_on_the_page(make_shipped: Any) -> None:
+    sections = make_shipped.FILE.read_text().split("\n## ")
+    for name in NAMES:
+        heading = load_class(name).heading
+        (section,) = [s for s in sections if s.startswith(heading[0].upper() + heading[1:] + "\n")]
+        assert f"\n| `{name}` | " in section
+
+
+def test_every_plugin_that_ships_has_one_picture_or_is_named_among_those_without(
+    make_shipped: Any,
+) -> None:
+    shown = [name for names in make_shipped.SHEETS.values() for name in names]
+    assert sorted([*shown, *make_shipped.PAIRS, *make_shipped.NO_PICTURE]) == NAMES
+    page = make_shipped.FILE.read_text()
+    files = {make_shipped.FILE.parent / target for target in re.findall(r"!\[.*?\]\((.*?)\)", page)}
+    assert len(files) == len(make_shipped.SHEETS) + len(make_shipped.PAIRS)
+    assert all(file.is_file() for file in files)
+
+
+def test_the_pages_own_pictures_are_small_and_show_two_different_things(make_shipped: Any) -> None:
+    files = sorted(make_shipped.PICTURES.iterdir())
+    assert [file.stem for file in files] == sorted(make_shipped.PAIRS)
+    assert sum(file.stat().st_size for file in files) < 400_000
+    side, gap = make_shipped.SIDE, make_shipped.GAP
+    for file in files:
+        with Image.open(file) as both:
+            assert both.size == (2 * side + gap, side)
+            left, right = (
+                both.convert("RGB").crop((x, 0, x + side, side)) for x in (0, side + gap)
+            )
+        assert np.abs(np.subtract(left, right, dtype=float)).mean() > 5
