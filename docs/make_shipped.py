@@ -81,6 +81,7 @@ PAIRS = {
         "a fox and a (cat:1.6) on a teal background", "weights:dialect=automatic1111", 2
     ),
     "best-of": Pair("a fox", "best-of:particles=8", 24, BLUER, {"scheduler": "ddpm"} | UNGUIDED),
+    "das": Pair("a fox", "das:particles=4", 24, ("blue:scale=0.3",), {"scheduler": "ddpm"}),
     "feynman-kac": Pair(
         *("a fox", "feynman-kac:particles=8,strength=40", 24),
         *(BLUER, {"scheduler": "ddpm"} | UNGUIDED),

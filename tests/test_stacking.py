@@ -22,7 +22,7 @@ from pilotfish.hooks.stack import Stack
 from pilotfish.testing import random_sampler
 
 PROMPT = "a <ink> of a puppy and a skunk++"
-SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}  # they choose by a guide: a test of their own below
+SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}  # by a guide: tests of their own
 FILES = {"controlnet", "ip-adapter", "lora"}  # of networks: their package's tests stack them
 INSTALLED = sorted(installed())
 NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES]
@@ -226,7 +226,6 @@ REFUSED = {
     ("sd3", "concept"): "'concept'.* holds vectors for text_encoder.*Missing: text_encoder_2",
     ("sd3", "regions"): "regions: by='attention' needs attention from the picture to the text",
     ("flux", "regions"): "regions: by='attention' needs attention from the picture to the text",
-    ("z-image", "nag"): "nag: this model's family names no attention to the text",
     ("z-image", "weights"): "weights reads prompts for CLIP and T5.*is a qwen3",
     ("flux2-klein", "weights"): "weights reads prompts for CLIP and T5.*is a qwen3",
     ("qwen-image", "weights"): "weights reads prompts for CLIP and T5.*is a qwen2_5_vl",
