@@ -9,9 +9,8 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -51,8 +50,7 @@ SHEETS = {
 NO_PICTURE = ("controlnet", "ip-adapter", "lora")  # they need networks that do not ship
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A run of the emoji model without a plugin and with it, all else the same.
 
     Attributes:
@@ -64,7 +62,7 @@ class Pair:
     use: str
     seed: int
     beside: tuple[str, ...] = ()
-    run: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = {}
 
 
 FOX, UNGUIDED = "a fox on a teal background", {"guidance_scale": 1.0}

@@ -6,7 +6,7 @@ to a window and clipped, and three losses pull on what is predicted. It prints t
 each loss from the first step to the last, and its part of the moves; of all ten, how much the
 picture changes where one is missing.
 
-23 seconds and 0.7 GB on two CPU cores.
+20 seconds and 0.7 GB on two CPU cores.
 """
 
 import sys

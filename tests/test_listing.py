@@ -202,7 +202,6 @@ def make_shipped() -> Any:
     spec = importlib.util.spec_from_file_location("make_shipped", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["make_shipped"] = module  # for its dataclass
     spec.loader.exec_module(module)
     return module
 
