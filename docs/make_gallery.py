@@ -25,7 +25,7 @@ ORDER = {
         *("embeddings", "token_swap", "token_blend", "textual_inversion", "prompt_blend"),
     ),
     "Sampling": ("film", "guidance_scale", "schedulers", "optimize"),
-    "Guidance": ("campfire", "blue", "palette", "models", "clip_guidance", "stack"),
+    "Guidance": ("campfire", "blue", "palette", "models", "clip_guidance", "stack", "ten_plugins"),
 }
 
 HEAD = """\

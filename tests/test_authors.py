@@ -159,7 +159,7 @@ def test_a_hidden_plugin_is_said_to_be_hidden(folder, monkeypatch):
     install(monkeypatch, blue="nowhere:Blue", red="nowhere:Red")
     monkeypatch.setenv(registry.LIMIT, " red , green")
     done = call("plugins", "list")
-    assert "\nred " in done.stdout and "\nblue " not in done.stdout
+    assert "\n  red " in done.stdout and "\n  blue " not in done.stdout
     note = "Discovery is limited by PILOTFISH_PLUGINS= red , green; hidden: blue; "
     assert done.stdout.endswith(f"{note}not installed: green\n")
     assert "'blue' is installed, but PILOTFISH_PLUGINS" in call("plugins", "show", "blue").stderr

@@ -146,6 +146,14 @@ def test_each_plugin_of_the_stack_changes_the_picture(make):
     assert len(changes) == 4 and min(changes) > 20
 
 
+def test_each_of_the_ten_plugins_did_something_and_the_example_says_what(make, capsys):
+    make("ten_plugins")
+    said = capsys.readouterr().out
+    changes = re.findall(r"left out, the picture changes by ([\d.]+)%", said)
+    assert len(changes) == 10 and min(map(float, changes)) > 0
+    assert re.findall(r"^([\w-]+): loss ", said, flags=re.M) == ["palette", "blue", "clip"]
+
+
 @pytest.mark.slow
 def test_a_word_that_has_been_trained_no_longer_means_what_it_began_with(make):
     _, before, after = cells(make("textual_inversion"), 3, 4)

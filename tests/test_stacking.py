@@ -1,4 +1,4 @@
-"""All installed plugins side by side: each pair on random weights, a stack on the emoji model."""
+"""All installed plugins side by side: pairs on two random models, a stack on the emoji model."""
 
 import ast
 import functools
@@ -19,14 +19,10 @@ from pilotfish.cli import listing
 from pilotfish.hooks.plugin import implemented
 from pilotfish.hooks.registry import installed, load_class
 from pilotfish.hooks.stack import Stack
+from pilotfish.testing import random_sampler
 
 PROMPT = "a <ink> of a puppy and a skunk++"
-SEARCHES = {
-    "best-of",
-    "das",
-    "feynman-kac",
-    "svdd",
-}  # they choose by a guide: a test of their own below
+SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}  # by a guide: tests of their own
 FILES = {"controlnet", "ip-adapter", "lora"}  # of networks: their package's tests stack them
 INSTALLED = sorted(installed())
 NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES]
@@ -35,6 +31,10 @@ PAIRS = [
     (name, NAMES[(i + apart) % len(NAMES)])
     for apart in (1, 3, 7, 11)
     for i, name in enumerate(NAMES)
+]
+# On a flow each beside four others, none of which it has beside it above.
+FLOW_PAIRS = [
+    (name, NAMES[(i + apart) % len(NAMES)]) for apart in (2, 9) for i, name in enumerate(NAMES)
 ]
 STEPPERS = {name for name in NAMES if "advance" in implemented(load_class(name))}
 GUIDES = [name for name in NAMES if issubclass(load_class(name), Guide)]
@@ -146,6 +146,113 @@ def test_opposed_palettes_show_as_a_conflict(run):
     agreement = run([black, {**black, "colors": ["#101010"]}]).trace
     assert max(conflict.cosines("palette", "palette#2")) < -0.3
     assert min(agreement.cosines("palette", "palette#2")) > 0.9
+
+
+# ---- a flow: Stable Diffusion 3 ----
+
+
+@pytest.fixture(scope="module")
+def flow_stack(stack, tmp_path_factory):
+    """The same tables, with a word for both CLIPs, and a window in which the second step lies."""
+    word = tmp_path_factory.mktemp("flow") / "ink.safetensors"
+    clips = {"clip_l": torch.linspace(-1, 1, 16), "clip_g": torch.linspace(1, -1, 24)}
+    save_file({name: vector[None] for name, vector in clips.items()}, word)
+    flow = {"concept": {"file": str(word), "token": "<ink>"}, "cfg-interval": {"low": 0.0}}
+
+    def tables(*names, **changes):
+        return stack(*names, **{**flow, **changes})
+
+    return tables
+
+
+@pytest.fixture(scope="module")
+def flow_run():
+    sampler = random_sampler(family="sd3")
+
+    def run(plugins):
+        with warnings.catch_warnings():  # of random weights
+            warnings.filterwarnings("ignore", "the loss of '[a-z]+' rose")
+            return sampler(PROMPT, plugins=plugins, steps=2, seed=5)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def flow_alone(flow_run, flow_stack):
+    return functools.cache(lambda name: flow_run(flow_stack(name)).latents)
+
+
+@pytest.mark.parametrize("pair", FLOW_PAIRS, ids="+".join)
+def test_each_pair_gives_a_finite_picture_of_a_flow_that_both_change_and_the_same_when_rerun(
+    flow_run, flow_stack, flow_alone, pair
+):
+    both = flow_run(flow_stack(*pair)).latents
+    assert both.isfinite().all()
+    assert torch.equal(both, flow_run(flow_stack(*pair)).latents)
+    for name in pair[1:] if STEPPERS.issuperset(pair) else pair:
+        assert not torch.equal(both, flow_alone(name))
+
+
+def test_guides_of_a_flow_act_in_the_listed_order(flow_run, flow_stack):
+    for names in (GUIDES, GUIDES[::-1]):
+        trace = flow_run(flow_stack(*names)).trace
+        assert [record.plugin for record in trace] == 2 * list(names)
+        for i in (0, 1):
+            assert sum(r.share[0] for r in trace if r.index == i) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pair", [("fdg", "cfg-rescale"), ("apg", "cfg-norm"), ("pag", "cfg-norm")])
+def test_what_combines_predictions_of_a_flow_does_so_in_the_listed_order(
+    flow_run, flow_stack, pair
+):
+    """Each takes up what those before it made, so that two orders are two pictures."""
+    one, other = (flow_run(flow_stack(*names)).latents for names in (pair, pair[::-1]))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+def test_a_guide_at_scale_zero_leaves_a_flows_picture_bit_identical(
+    flow_run, flow_stack, flow_alone, number
+):
+    name, guide = NAMES[number], GUIDES[number % len(GUIDES)]
+    if name == guide:
+        guide = GUIDES[number % len(GUIDES) - 1]
+    off = flow_stack(guide, **{guide: {"scale": 0.0}})
+    assert torch.equal(flow_run([*flow_stack(name), *off]).latents, flow_alone(name))
+
+
+# A plugin that a family cannot take says so, with the plugin's name and why.
+REFUSED = {
+    ("sd3", "concept"): "'concept'.* holds vectors for text_encoder.*Missing: text_encoder_2",
+    ("sd3", "regions"): "regions: by='attention' needs attention from the picture to the text",
+    ("flux", "regions"): "regions: by='attention' needs attention from the picture to the text",
+    ("z-image", "weights"): "weights reads prompts for CLIP and T5.*is a qwen3",
+    ("flux2-klein", "weights"): "weights reads prompts for CLIP and T5.*is a qwen3",
+    ("qwen-image", "weights"): "weights reads prompts for CLIP and T5.*is a qwen2_5_vl",
+}
+
+
+@pytest.mark.parametrize(("family", "name"), REFUSED, ids="-".join)
+def test_what_cannot_work_on_a_flow_is_refused_by_name(stack, family, name):
+    plugins = stack(name, regions={"by": "attention"})
+    size = {"height": 32, "width": 32}
+    with pytest.raises(pilotfish.PilotfishError, match=REFUSED[family, name]):
+        random_sampler(family=family)(PROMPT, plugins=plugins, steps=2, seed=5, **size)
+
+
+COMBINING = [name for name in NAMES if name.startswith("cfg-")] + ["apg", "fdg", "mambo", "tcfg"]
+
+
+def test_what_changes_guidance_leaves_a_flow_that_has_none_bit_identical(stack):
+    sampler, run = random_sampler(family="flux"), {"steps": 2, "seed": 5}
+    run |= {"height": 32, "width": 32}
+    plain = sampler(PROMPT, **run).latents
+    assert torch.equal(sampler(PROMPT, plugins=stack(*COMBINING), **run).latents, plain)
+    guided = {**run, "true_cfg_scale": 4, "negative_prompt": "an otter"}
+    plain = sampler(PROMPT, **guided).latents
+    for name in COMBINING:
+        changed = stack(name, **{"cfg-interval": {"low": 0.0}})
+        assert not torch.equal(sampler(PROMPT, plugins=changed, **guided).latents, plain)
 
 
 @pytest.mark.slow

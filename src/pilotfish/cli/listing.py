@@ -7,9 +7,8 @@ import os
 import shlex
 import shutil
 import textwrap
-import types
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic.fields import FieldInfo
@@ -17,16 +16,9 @@ from pydantic.fields import FieldInfo
 from ..hooks import specs as hookspecs
 from ..hooks.plugin import Guide, Plugin, implemented
 from ..hooks.registry import COMMAND_GROUP, LIMIT, Installed, hidden, installed, limit, load_class
+from .sources import about, summary
+from .wording import default, takes
 
-# Attributes of what pydantic keeps in `FieldInfo.metadata`.
-BOUNDS = {
-    "ge": ">=",
-    "gt": ">",
-    "le": "<=",
-    "lt": "<",
-    "min_length": "at least",
-    "max_length": "at most",
-}
 NOTHING_INSTALLED = (
     "No plugins are installed. A file is enough:\n"
     '  pilotfish generate "a campfire" --use ./my_loss.py:Class'
@@ -38,7 +30,7 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "") -> str:
     rows = [list(row) for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)][:-1]
     left = len(indent) + sum(width + 2 for width in widths)
-    room = max(shutil.get_terminal_size().columns - left, 40)
+    room = max(shutil.get_terminal_size().columns - left, 36)  # hooks at 60
     lines = []
     for *cells, last in rows:
         head = indent + "".join(c.ljust(w + 2) for c, w in zip(cells, widths, strict=True))
@@ -48,15 +40,23 @@ def columns(rows: Iterable[Sequence[str]], indent: str = "") -> str:
 
 
 def list_text() -> str:
-    """All installed plugins, from metadata alone."""
+    """All installed plugins under their headings, from metadata and sources alone."""
     found, note = installed(), limit_note()
     if not found:
         return note if hidden() else "\n\n".join(filter(None, (NOTHING_INSTALLED, note)))
-    rows = [("name", "package", "summary")]
-    for entries in found.values():
-        rows += [(e.name, f"{e.distribution} {e.version}", remark(e, entries)) for e in entries]
-    text = columns(rows) + "\n\npilotfish plugins show NAME tells its settings."
-    return "\n\n".join(filter(None, (text, note)))
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for entry, claims in ((e, entries) for entries in found.values() for e in entries):
+        heading, text = described(entry, claims)
+        rows.setdefault(heading, []).append((entry.name, text))
+    width = max(map(len, found))
+    parts = [
+        f"{heading}\n" + columns([(name.ljust(width), text) for name, text in rows[heading]], "  ")
+        for heading in sorted(rows, key=lambda heading: (heading == Plugin.heading, heading))
+    ]
+    packages = sorted({e.package for entries in found.values() for e in entries})
+    parts.append("packages\n" + columns([(", ".join(packages),)], "  "))
+    parts.append("pilotfish plugins show NAME tells what a plugin takes.")
+    return "\n\n".join(filter(None, (*parts, note)))
 
 
 def limit_note() -> str:
@@ -68,6 +68,12 @@ def limit_note() -> str:
     lists = {"hidden": hidden(), "not installed": [name for name in wanted if name not in found]}
     parts = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     return "; ".join([f"Discovery is limited by {LIMIT}={os.environ[LIMIT]}", *parts])
+
+
+def described(entry: Installed, claims: Sequence[Installed]) -> tuple[str, str]:
+    """An installed plugin's heading, and its summary or what is wrong with it."""
+    found = None if metadata_problem(entry, claims) else about(entry.target)
+    return found or (Plugin.heading, remark(entry, claims))
 
 
 def remark(entry: Installed, claims: Sequence[Installed]) -> str:
@@ -92,11 +98,10 @@ def show_text(use: str) -> str:
     plugin = load_class(use)
     entry = installed().get(use)
     package = f"  ({entry[0].distribution} {entry[0].version})" if entry else ""
-    settings = setting_rows(plugin)
     parts = [
-        f"{use}{package}\n{docstring_summary(plugin)}",
+        f"{use}{package}\n" + columns([(docstring_summary(plugin),)]),
         "hooks\n" + (columns(hook_rows(plugin), "  ") or "  none: it does nothing"),
-        "settings\n" + (columns(settings, "  ") if len(settings) > 1 else "  none"),
+        *settings_text(plugin),
         "use it\n" + paste_block(use, plugin),
     ]
     return "\n\n".join(parts)
@@ -104,8 +109,23 @@ def show_text(use: str) -> str:
 
 def docstring_summary(plugin: type[Any]) -> str:
     """The first paragraph of the class's own docstring, on one line."""
-    paragraph = inspect.cleandoc(plugin.__doc__ or "no description").split("\n\n")[0]
-    return " ".join(paragraph.split())
+    return summary(plugin.__doc__)
+
+
+def settings_text(plugin: type[Any]) -> Iterator[str]:
+    """Each setting: what it takes, and below what it means; first the plugin's own."""
+    every = Guide.Settings.model_fields if issubclass(plugin, Guide) else {}
+    rows = setting_rows(plugin)[1:]
+    width = max((len(name) for name, *_ in rows), default=0)
+    for title, inside in (("settings", False), ("settings of every guide", True)):
+        lines = [
+            line
+            for name, takes, default, description in rows
+            if (name in every) == inside
+            for line in ((name.ljust(width), f"{takes} ({default})"), ("", description))
+        ]
+        if lines or not inside:
+            yield f"{title}\n" + (columns(lines, "  ") or "  none")
 
 
 def hook_rows(plugin: type[Any]) -> list[tuple[str, str]]:
@@ -114,58 +134,16 @@ def hook_rows(plugin: type[Any]) -> list[tuple[str, str]]:
     return [(hook, doc.splitlines()[0]) for hook, doc in docs.items()]
 
 
-def setting_rows(plugin: type[Any]) -> list[tuple[str, ...]]:
+def setting_rows(plugin: type[Any]) -> list[tuple[str, str, str, str]]:
     """The table of settings, its head first; the plugin's own before what every guide has."""
-    rows: list[tuple[str, ...]] = [("name", "type", "default", "range", "description")]
     fields = _fields(plugin)
-    for name in sorted(fields, key=lambda name: name in Guide.Settings.model_fields):
-        field = fields[name]
-        row = (name, type_text(field.annotation), default_text(field), range_text(field))
-        rows.append((*row, field.description or ""))
-    return rows
+    names = sorted(fields, key=lambda name: name in Guide.Settings.model_fields)
+    rows = [(n, takes(fields[n]), default(fields[n]), fields[n].description or "") for n in names]
+    return [("name", "takes", "if not given", "description"), *rows]
 
 
 def _fields(plugin: type[Any]) -> dict[str, FieldInfo]:
     return dict(plugin.Settings.model_fields) if issubclass(plugin, Plugin) else {}
-
-
-def type_text(annotation: Any) -> str:
-    """A type as a reader says it: `float`, `x0 | latents`, `list[str]`."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return " | ".join(str(a) for a in args)
-    if origin is Annotated:
-        return type_text(args[0])
-    if origin in (Union, types.UnionType):
-        return " | ".join(type_text(a) for a in args if a is not type(None))
-    if origin is Annotated:
-        return type_text(args[0])
-    if origin is not None and args:
-        return f"{getattr(origin, '__name__', origin)}[{', '.join(map(type_text, args))}]"
-    if annotation is Ellipsis:
-        return "..."
-    return str(getattr(annotation, "__name__", annotation))
-
-
-def default_text(field: FieldInfo) -> str:
-    """A setting's default; `-` is None."""
-    if field.is_required():
-        return "(required)"
-    default = field.get_default(call_default_factory=True, validated_data={})
-    return "-" if default is None else str(default)
-
-
-def range_text(field: FieldInfo) -> str:
-    """A setting's bounds: `0 to 1`, `>= 1`; those of a text or list are its length's."""
-    bounds = {
-        name: getattr(item, name)
-        for item in field.metadata
-        for name in BOUNDS
-        if getattr(item, name, None) is not None
-    }
-    if bounds.keys() == {"ge", "le"}:
-        return f"{bounds['ge']} to {bounds['le']}"
-    return ", ".join(f"{sign} {bounds[name]}" for name, sign in BOUNDS.items() if name in bounds)
 
 
 def paste_block(use: str, plugin: type[Any]) -> str:

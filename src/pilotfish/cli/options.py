@@ -11,7 +11,6 @@ from pydantic.fields import FieldInfo
 
 from ..errors import InputError
 from ..runs.run import ELSEWHERE, KEYS
-from .listing import type_text
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -37,7 +36,12 @@ def _metavar(field: FieldInfo) -> str:
     """What stands for a value: the key's own word, its choices, or its type."""
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
-    return str(_more(field)["metavar"] or type_text(field.annotation).upper())
+    return str(_more(field)["metavar"] or _number(field.annotation).upper())
+
+
+def _number(annotation: Any) -> str:
+    """`int` or `float`, of a key that may also be None."""
+    return _number(get_args(annotation)[0]) if get_args(annotation) else str(annotation.__name__)
 
 
 class Options(click.Command):

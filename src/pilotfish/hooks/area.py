@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 Box = tuple[float, float, float, float]
 
@@ -28,7 +28,11 @@ def check_area(area: Any) -> Box | Path:
     raise ValueError(f"a picture file, or [left, top, right, bottom] with {bounds}")
 
 
-Area = Annotated[Box | Path, BeforeValidator(check_area)]
+Area = Annotated[
+    Box | Path,
+    BeforeValidator(check_area),
+    Field(title="a path to a picture, or a box [left, top, right, bottom]"),
+]
 """A setting's type: a mask file, white where it counts, or a box [left, top, right, bottom].
 
 A box is in fractions of the picture, 0 <= left < right <= 1 and 0 <= top < bottom <= 1.

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 from pydantic import Field as Setting
@@ -39,7 +39,8 @@ class Plugin:
     """An object that implements hooks (see `pilotfish.hooks.specs`).
 
     Keyword arguments become its `settings`, checked against the class's `Settings`. Plugins
-    compare by identity; one instance can serve many runs.
+    compare by identity; one instance can serve many runs. `heading` is what `pilotfish plugins
+    list` puts it under; written as a literal, it is read without importing the class.
 
     Raises:
         SettingsError: a setting is unknown or out of range.
@@ -56,6 +57,7 @@ class Plugin:
 
         _in_utf8 = pydantic.field_validator("*")(in_utf8)
 
+    heading: ClassVar[str] = "others"
     settings: Any
 
     @property
@@ -103,6 +105,8 @@ class Guide(Plugin):
     Its settings always have `scale`, `start`, `stop`, `every`, `gradient`, `mask`, `soft_edge` and
     `mask_edge`, which the host applies, not the plugin.
     """
+
+    heading = "losses on the picture"
 
     class Settings(Plugin.Settings):
         """What every guide has."""

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 Curve = tuple[tuple[float, float], ...]
 
@@ -35,7 +35,11 @@ def check_strength(value: Any) -> float | Curve:
     )
 
 
-Strength = Annotated[float | Curve, BeforeValidator(check_strength)]
+Strength = Annotated[
+    float | Curve,
+    BeforeValidator(check_strength),
+    Field(title="a number, or a curve [[progress, strength], ...]"),
+]
 """A setting: a number, or a curve over the run `[[progress, strength], ...]`; see `strength_at`."""
 
 

@@ -46,6 +46,8 @@ class Blend(Plugin):
     by the sum. `slerp` mixes directions on the sphere, token by token, and lengths apart.
     """
 
+    heading = "prompts"
+
     class Settings(Plugin.Settings):
         prompts: dict[str, Weight] = Setting(
             {}, description="prompts and their weights", examples=[{"a skunk": 0.5}]

@@ -28,6 +28,8 @@ class Words(Plugin):
     tokenizer's, and another number of them.
     """
 
+    heading = "prompts"
+
     kind: ClassVar[str]
 
     def setup(self) -> dict[str, Mix]:

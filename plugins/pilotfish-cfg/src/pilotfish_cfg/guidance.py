@@ -23,6 +23,8 @@ class CfgRescale(Plugin):
     predict v; where one predicts the noise, less of it is taken away, and that stays as speckle.
     """
 
+    heading = "classifier-free guidance"
+
     class Settings(Plugin.Settings):
         rescale: float = Setting(
             0.7,
@@ -52,6 +54,8 @@ class CfgInterval(Plugin):
     Diffusion XL. Outside the window it also drops what plugins before it made of the prediction.
     We differ: the negative prompt's prediction is computed outside the window too.
     """
+
+    heading = "classifier-free guidance"
 
     class Settings(Plugin.Settings):
         low: float = Setting(

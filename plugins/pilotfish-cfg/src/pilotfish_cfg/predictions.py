@@ -65,6 +65,8 @@ class Predictions:
 class Windowed(Plugin):
     """A plugin that acts in a window of the run."""
 
+    heading = "classifier-free guidance"
+
     class Settings(Plugin.Settings):
         """What every plugin of the package has that follows the run."""
 

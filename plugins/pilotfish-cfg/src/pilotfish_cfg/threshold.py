@@ -20,6 +20,8 @@ class Threshold(Plugin):
     and x0 is divided by s / limit. A limit that is too low makes pictures pale.
     """
 
+    heading = "classifier-free guidance"
+
     class Settings(Plugin.Settings):
         percentile: float = Setting(
             0.995, gt=0, le=1, description="the part of an image's latents that is never clipped"

@@ -28,13 +28,18 @@ class Clip(Guide):
     of the text or the other picture, averaged over the whole picture and its cutouts.
     """
 
+    heading = "text and classifier guidance"
+
     class Settings(Guide.Settings):
         text: dict[str, float] | None = Setting(
             None,
-            description="a text, a list of texts, or a table of texts and weights",
+            title="a text, a list of texts, or a table of texts and weights",
+            description="what the picture is to look like",
             examples=["a watercolor"],
         )
-        image: Path | None = Setting(None, description="instead of text: a picture file")
+        image: Path | None = Setting(
+            None, title="a path to a picture", description="instead of text"
+        )
         model: str | None = Setting(
             None,
             description="open_clip's name of a model, 'local-dir:FOLDER' or 'hf-hub:ID'; "

@@ -53,11 +53,16 @@ class Palette(Guide):
     class Settings(Guide.Settings):
         colors: list[str] | None = Setting(
             None,
+            title="a list of colours",
             description="hex colours such as '#fa0', a list or one string",
             examples=[["#035", "#fa0"]],
         )
         count: int = Setting(5, ge=1, le=16, description="how many colours to take from `image`")
-        image: Path | None = Setting(None, description="instead of colors: a picture to take from")
+        image: Path | None = Setting(
+            None,
+            title="a path to a picture",
+            description="instead of colors: where to take them from",
+        )
         weights: list[float] | None = Setting(
             None, description="each colour's part of the picture, in any unit"
         )

@@ -32,13 +32,16 @@ class ControlNet(Plugin):
     global generator.
     """
 
+    heading = "networks that steer"
+
     class Settings(Plugin.Settings):
         model: Any = Setting(
             description="the ControlNet: a folder or hub id, in Python also a network of diffusers",
             examples=["lllyasviel/sd-controlnet-canny"],
         )
         image: Path = Setting(
-            description="a picture file of what the ControlNet was trained on, of the run's shape",
+            title="a path to a picture",
+            description="what the ControlNet was trained on, of the run's shape",
             examples=["edges.png"],
         )
         scale: float = Setting(1.0, description="strength; 0 is off")

@@ -38,6 +38,8 @@ class IPAdapter(Plugin):
     loader is used, to the bit. Several add up. We differ: what is grey in a mask counts in part.
     """
 
+    heading = "networks that steer"
+
     class Settings(Plugin.Settings):
         model: str = Setting(
             description="the adapter's folder, or hub id", examples=["h94/IP-Adapter"]
@@ -45,7 +47,11 @@ class IPAdapter(Plugin):
         file: str = Setting(
             description="the weights in it", examples=["models/ip-adapter_sd15.safetensors"]
         )
-        image: Path = Setting(description="a picture file", examples=["picture.png"])
+        image: Path = Setting(
+            title="a path to a picture",
+            description="what the result is to take after",
+            examples=["picture.png"],
+        )
         scale: float = Setting(1.0, description="strength; 0 is off")
         mask: Area | None = Setting(
             None,

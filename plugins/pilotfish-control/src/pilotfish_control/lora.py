@@ -30,6 +30,8 @@ class Lora(Plugin):
     the networks; the model itself, and other runs, never have it. Several add up.
     """
 
+    heading = "networks that steer"
+
     class Settings(Plugin.Settings):
         file: Path = Setting(
             description="the LoRA: .safetensors of diffusers, PEFT or kohya's trainer",

@@ -24,8 +24,12 @@ class Img2Img(Plugin):
     `StableDiffusionImg2ImgPipeline` to the bit, which draws them from the encoder's posterior.
     """
 
+    heading = "start and steps"
+
     class Settings(Plugin.Settings):
-        image: Path = Setting(description="a picture file to start from", examples=["picture.png"])
+        image: Path = Setting(
+            title="a path to a picture", description="what to start from", examples=["picture.png"]
+        )
         strength: float | None = Setting(
             None,
             gt=0,

@@ -38,8 +38,12 @@ class Inpaint(Plugin):
     is drawn it is corrected for what the decoder makes of its neighbours.
     """
 
+    heading = "start and steps"
+
     class Settings(Plugin.Settings):
-        image: Path = Setting(description="a picture file to keep", examples=["picture.png"])
+        image: Path = Setting(
+            title="a path to a picture", description="what to keep", examples=["picture.png"]
+        )
         mask: Area = Setting(
             description="where to draw anew: a picture file of the image's shape, white there, or "
             "a box [left, top, right, bottom] in fractions of the run's picture",

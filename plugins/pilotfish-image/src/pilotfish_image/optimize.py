@@ -39,6 +39,8 @@ class Optimize(Plugin):
     is what was predicted, and the run ends when all are.
     """
 
+    heading = "start and steps"
+
     class Settings(Plugin.Settings):
         optimizer: Literal["sgd", "adam", "adamw"] = Setting(
             "sgd", description="of torch.optim; sgd may end before the last step, the others hardly"

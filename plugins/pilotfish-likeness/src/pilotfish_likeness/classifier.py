@@ -28,6 +28,8 @@ class Classifier(Guide):
     The loss is `-log p(label)`, averaged over the whole picture and its cutouts.
     """
 
+    heading = "text and classifier guidance"
+
     class Settings(Guide.Settings):
         label: int | str = Setting(
             description="a class of the classifier, by name or index", examples=["fox"]

@@ -28,7 +28,9 @@ class Reference(Guide):
     """
 
     class Settings(Guide.Settings):
-        image: Path = Setting(description="a picture file to look like", examples=["picture.png"])
+        image: Path = Setting(
+            title="a path to a picture", description="what to look like", examples=["picture.png"]
+        )
         space: Literal["latent", "image"] = Setting(
             "latent", description="compare the predicted clean latents, or their decoded pixels"
         )

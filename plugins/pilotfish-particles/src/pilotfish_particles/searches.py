@@ -26,6 +26,8 @@ class Search(Plugin):
         InputError: the run has no such guide, or one of them is not asked at the last step.
     """
 
+    heading = "search among particles"
+
     class Settings(Plugin.Settings):
         particles: int = Setting(4, ge=2, le=1024, description="candidates of each picture")
         guides: list[str] | None = Setting(

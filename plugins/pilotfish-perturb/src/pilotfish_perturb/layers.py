@@ -43,6 +43,8 @@ class Perturbed(Plugin):
     for each image, where classifier-free guidance has two.
     """
 
+    heading = "perturbed guidance"
+
     class Settings(Plugin.Settings):
         """What every plugin of the package has."""
 

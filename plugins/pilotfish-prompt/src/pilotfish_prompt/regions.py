@@ -28,11 +28,14 @@ class Regions(Plugin):
     attends to its own region's prompt alone.
     """
 
+    heading = "prompts"
+
     class Settings(Plugin.Settings):
         prompts: list[str] = Setting(
             min_length=1, description="a prompt for each region", examples=[["a cat", "a fox"]]
         )
         areas: list[Area] = Setting(
+            title="a list of paths to pictures, or boxes [left, top, right, bottom]",
             description="where each is: a picture file, white there, or a box [left, top, right, "
             "bottom] in fractions of the picture; where some overlap, they share",
             examples=[[[0, 0, 0.5, 1], [0.5, 0, 1, 1]]],

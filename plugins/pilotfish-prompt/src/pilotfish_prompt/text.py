@@ -21,6 +21,8 @@ class Weights(Plugin):
     backslash before it.
     """
 
+    heading = "prompts"
+
     class Settings(Plugin.Settings):
         dialect: Literal["automatic1111", "compel"] = Setting(
             description="automatic1111: (word) [word] (word:1.3), which scale the text encoder's "
@@ -49,6 +51,8 @@ class LongPrompt(Plugin):
     Both prompts are filled up to as many chunks with empty ones. T5 and Qwen take long prompts by
     themselves (`max_sequence_length`), and are left as they are.
     """
+
+    heading = "prompts"
 
     class Settings(Plugin.Settings):
         chunks: int | None = Setting(

@@ -26,6 +26,8 @@ class Concept(Plugin):
     Gal et al. 2022, arXiv 2208.01618. The model itself stays as it is.
     """
 
+    heading = "prompts"
+
     class Settings(Plugin.Settings):
         file: Path = Setting(
             description="the learned embedding: .safetensors, .bin or .pt",
