@@ -165,7 +165,7 @@ def sheets(names: Sequence[str]) -> Iterator[str]:
     """The pictures of other pages in which some of these plugins are, with those pages' words."""
     for path, shown in SHEETS.items():
         if set(shown) <= set(names):
-            page = FILE.with_name("gallery.md")
+            page = FILE.with_name("gallery.md" if "gallery" in path else "guidance.md")
             if path.startswith("plugins"):
                 page = (ROOT / path).parents[1] / "README.md"
             text = page.read_text(encoding="utf-8")
