@@ -21,10 +21,14 @@ from pilotfish.hooks.registry import installed, load_class
 from pilotfish.hooks.stack import Stack
 
 PROMPT = "a <ink> of a puppy and a skunk++"
-SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}  # they choose by a guide: a test of their own below
-FILES = {"controlnet", "ip-adapter", "lora"}  # of networks: their package's tests stack them
+# They choose by a guide: a test of their own below.
+SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}
+# Of networks: their package's tests stack them.
+FILES = {"controlnet", "ip-adapter", "lora"}
+FILES |= {"aesthetic", "hps", "image-reward", "perceptual", "pickscore"}
+GATES = {"gate"}  # they change nothing but what must not be seen, and have no gradient
 INSTALLED = sorted(installed())
-NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES]
+NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES | GATES]
 # Each plugin beside eight others, near and far in the list: all pairs would take minutes.
 PAIRS = [
     (name, NAMES[(i + apart) % len(NAMES)])
@@ -53,7 +57,9 @@ def stack(tmp_path_factory):
         "cfg-zero-star": {"zero_steps": 0},
         "classifier": {"label": "fox", "model": str(FOLDER / "classifier")},
         "clip": {"text": "a fox", "model": f"local-dir:{FOLDER / 'clip'}", "cutouts": 2},
+        "clip-style": {"image": str(folder / "grey.png"), "model": str(FOLDER / "clip")},
         "concept": {"file": str(folder / "ink.safetensors")},
+        "edges": {},
         "fdg": {},
         "img2img": {"image": str(folder / "grey.png"), "strength": 1},
         "long-prompt": {"chunks": 2},
@@ -61,7 +67,9 @@ def stack(tmp_path_factory):
         "regions": {"prompts": ["a red cat"], "areas": [[0, 0, 0.5, 1]], "by": "whole"},
         "sag": {},
         "seg": {},
+        "sharpness": {},
         "slg": {"stop": 1},
+        "symmetry": {},
         "weights": {"dialect": "compel"},
         "inpaint": {"image": str(folder / "grey.png"), "mask": [0.25, 0.25, 1, 1]},
         "mambo": {},
