@@ -46,8 +46,15 @@ SHEETS = {
     "plugins/pilotfish-image/docs/optimize.png": ("optimize",),
     "plugins/pilotfish-likeness/docs/classifier.png": ("classifier",),
     "plugins/pilotfish-clip/docs/clip.png": ("clip",),
+    **{
+        f"plugins/pilotfish-reward/docs/{name}.png": (name,)
+        for name in ("edges", "sharpness", "symmetry", "clip-style", "gate")
+    },
 }
-NO_PICTURE = ("controlnet", "ip-adapter", "lora")  # they need networks that do not ship
+NO_PICTURE = (  # they need networks that do not ship
+    *("aesthetic", "controlnet", "hps", "image-reward", "ip-adapter", "lora", "perceptual"),
+    "pickscore",
+)
 
 
 class Pair(NamedTuple):

@@ -19,11 +19,13 @@ from pilotfish.hooks.registry import installed, load_class
 
 NAMES = sorted(installed())
 HEADINGS = {
+    "checks of the finished picture",
     "classifier-free guidance",
     "losses on the picture",
     "networks that steer",
     "perturbed guidance",
     "prompts",
+    "rewards",
     "search among particles",
     "start and steps",
     "text and classifier guidance",

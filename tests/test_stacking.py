@@ -23,9 +23,12 @@ from pilotfish.testing import random_sampler
 
 PROMPT = "a <ink> of a puppy and a skunk++"
 SEARCHES = {"best-of", "das", "feynman-kac", "svdd"}  # by a guide: tests of their own
-FILES = {"controlnet", "ip-adapter", "lora"}  # of networks: their package's tests stack them
+# Of networks: their packages' tests stack them.
+FILES = {"controlnet", "ip-adapter", "lora"}
+FILES |= {"aesthetic", "hps", "image-reward", "perceptual", "pickscore"}
+GATES = {"gate"}  # they change nothing but what must not be seen, and have no gradient
 INSTALLED = sorted(installed())
-NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES]
+NAMES = [name for name in INSTALLED if name not in SEARCHES | FILES | GATES]
 # Each plugin beside eight others, near and far in the list: all pairs would take minutes.
 PAIRS = [
     (name, NAMES[(i + apart) % len(NAMES)])
@@ -58,7 +61,9 @@ def stack(tmp_path_factory):
         "cfg-zero-star": {"zero_steps": 0},
         "classifier": {"label": "fox", "model": str(FOLDER / "classifier")},
         "clip": {"text": "a fox", "model": f"local-dir:{FOLDER / 'clip'}", "cutouts": 2},
+        "clip-style": {"image": str(folder / "grey.png"), "model": str(FOLDER / "clip")},
         "concept": {"file": str(folder / "ink.safetensors")},
+        "edges": {},
         "fdg": {},
         "img2img": {"image": str(folder / "grey.png"), "strength": 1},
         "long-prompt": {"chunks": 2},
@@ -66,7 +71,9 @@ def stack(tmp_path_factory):
         "regions": {"prompts": ["a red cat"], "areas": [[0, 0, 0.5, 1]], "by": "whole"},
         "sag": {},
         "seg": {},
+        "sharpness": {},
         "slg": {"stop": 1},
+        "symmetry": {},
         "weights": {"dialect": "compel"},
         "inpaint": {"image": str(folder / "grey.png"), "mask": [0.25, 0.25, 1, 1]},
         "mambo": {},

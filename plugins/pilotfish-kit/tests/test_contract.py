@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Literal
 
 import pytest
 import torch
@@ -301,6 +302,19 @@ def test_a_plugin_that_only_one_model_can_run_is_not_tried_on_another():
 
     (outcome,) = examine(Choosy(), own, checks=[CHECKS["bfloat16"]])
     assert (outcome.status, outcome.message[:26]) == ("not tried", "it needs a model of its ow")
+
+
+def test_a_loss_that_is_measured_only_needs_no_gradient(sampler):
+    class Measured(Guide):
+        class Settings(Guide.Settings):
+            gradient: Literal["none"] = "none"
+
+        def loss_guidance(self, step):
+            return step.image.detach().round().mean(dim=(1, 2, 3))
+
+    outcomes = {o.check.name: o for o in examine(Measured(), sampler)}
+    assert outcomes["loss"].status == "not tried" and "measures" in outcomes["loss"].message
+    assert {o.status for name, o in outcomes.items() if name != "loss"} == {"ok"}
 
 
 def test_what_cannot_be_told_after_a_failure_is_not_tried():

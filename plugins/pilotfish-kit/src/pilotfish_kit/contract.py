@@ -83,11 +83,18 @@ def runs(trial: Trial) -> None:
 @check(runs)
 def loss(trial: Trial) -> None:
     """Its loss has a gradient."""
+    if measured_only(trial.plugin):
+        raise NotTried('its gradient is "none": what it measures moves nothing')
     records = [record for record in trial.pair.trace if any(record.loss)]
     if not records:
         raise NotTried("it gave no loss in these runs")
     moves = any(norm for record in records for norm in record.gradient_norm)
     require(moves, "the gradient of its loss is zero: rounding, comparing and counting have none")
+
+
+def measured_only(plugin: Any) -> bool:
+    """Whether it is a guide whose loss moves nothing."""
+    return isinstance(plugin, Guide) and plugin.settings.gradient == "none"
 
 
 @check(runs)
@@ -203,7 +210,8 @@ def bfloat16(trial: Trial) -> None:
 @check(runs)
 def through_network(trial: Trial) -> None:
     """It runs where the gradient goes through the network, its own or another guide's."""
-    settings: dict[str, Any] = {"gradient": "latents"} if isinstance(trial.plugin, Guide) else {}
+    own = isinstance(trial.plugin, Guide) and not measured_only(trial.plugin)
+    settings: dict[str, Any] = {"gradient": "latents"} if own else {}
     other = guide(lambda step: step.x0.square().mean(dim=(1, 2, 3)), gradient="latents")
     trial.latents(trial.twin(**settings), other)
 
