@@ -7,10 +7,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKLOutput
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from pilotfish_control import ControlNet
+from pilotfish_control.controlnet import edges
 from pilotfish_kit import examine
 from torch import nn
 
-from pilotfish import InputError, ModelError, Run, Sampler
+from pilotfish import InputError, ModelError, Run, Sampler, pixels, to_pil
 from pilotfish.testing import random_pipeline
 
 # Of diffusers' own, where it makes a ControlNet of FLUX.1.
@@ -273,6 +274,31 @@ def test_a_run_file_says_that_a_network_must_be_passed_again(samplers, nets, pic
     (table,) = Run.parse(result.run.to_toml())["plugins"]
     with pytest.raises(InputError, match="must be passed again in Python"):
         ControlNet(model=table["model"], image=table["image"])
+
+
+def test_detected_edges_of_a_square_run_along_its_border_and_nowhere_else():
+    picture = torch.zeros(1, 3, 32, 32)
+    picture[..., 8:24, 8:24] = 1
+    found = edges(picture)
+    assert found.shape == picture.shape and set(found.unique().tolist()) == {0, 1}
+    rows, columns = found[0, 0].nonzero().T
+    border = torch.stack([(rows - 7.5).abs(), (rows - 23.5).abs(), (columns - 7.5).abs()])
+    away = torch.cat([border, (columns - 23.5).abs()[None]]).amin(dim=0)
+    assert away.max() <= 1.5
+    assert 40 <= len(rows) <= 130  # its border is 60 pixels long, on either side
+
+
+def test_a_picture_whose_edges_are_detected_controls_as_the_picture_of_its_edges_does(
+    samplers, nets, tmp_path, pictures
+):
+    with Image.open(pictures[0]) as picture:
+        found = edges(pixels(picture.convert("RGB").resize((32, 32), Image.Resampling.LANCZOS)))
+    to_pil(found)[0].save(tmp_path / "edges.png")
+    net, sampler = nets("stable-diffusion"), samplers("stable-diffusion")
+    detected = ours(sampler, ControlNet(model=net, image=pictures[0], detect="canny"))
+    drawn = ours(sampler, ControlNet(model=net, image=tmp_path / "edges.png"))
+    plain = ours(sampler, ControlNet(model=net, image=pictures[0]))
+    assert torch.equal(detected, drawn) and not torch.equal(detected, plain)
 
 
 def test_what_does_not_fit_is_told(folder, samplers, pipelines, nets, pictures, tmp_path, make):
