@@ -13,6 +13,7 @@ from ..hooks.stack import Stack
 from ..runs import pictures as images
 from ..runs.metadata import Picture
 from ..runs.run import Run, check_keywords
+from . import shown
 from .loop import Sampling
 from .step import Step
 from .trace import Trace
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..models.protocol import LatentDiffusion
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run gives.
 
@@ -53,6 +54,12 @@ class Result:
         """
         files = images.numbered(path, len(self.images))
         return [images.save_picture(p, file) for p, file in zip(self.images, files, strict=True)]
+
+    def __repr__(self) -> str:
+        return shown.result_line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.result_html(self)
 
 
 class Stream(Iterator[Step]):
@@ -101,6 +108,12 @@ class Sampler:
 
     def __init__(self, model: LatentDiffusion) -> None:
         self.model = model
+
+    def __repr__(self) -> str:
+        return shown.sampler_line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.sampler_html(self)
 
     @classmethod
     def from_pipeline(cls, pipeline: Any, *, offload: str | None = None) -> Sampler:

@@ -16,6 +16,7 @@ from ..guidance.noise import CLEAN, NoiseLevel, at_least_float32
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
 from ..runs.run import Run
+from . import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -130,6 +131,12 @@ class Step:
 
     def __init__(self, state: StepState, plugin: str = "", leaves: Leaves | None = None) -> None:
         self._state, self._plugin, self._leaves = state, plugin, leaves
+
+    def __repr__(self) -> str:
+        return f"Step({self.index} of {self.num_steps}, sigma {self.sigma:.3g})"
+
+    def _repr_html_(self) -> str:
+        return shown.step_html(self)
 
     @property
     def index(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from . import shown
+
 
 @dataclass(frozen=True)
 class Record:
@@ -53,6 +55,12 @@ class Trace(list[Record]):
     def __init__(self, records: Iterable[Record] = ()) -> None:
         super().__init__(records)
         self.remarks: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} records{': ' * bool(self)}{shown.losses(self)})"
+
+    def _repr_html_(self) -> str:
+        return shown.trace_html(self)
 
     def of(self, plugin: str) -> Trace:
         """The records of one guide."""

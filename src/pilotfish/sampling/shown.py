@@ -1,0 +1,122 @@
+"""How runs look: on a line where they are printed, and as HTML in a notebook.
+
+What is shown imports this module, so its kinds are not named here.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+SIDE, MOST = 192, 8  # pixels of a picture's longer side, and pictures
+CURVE = (120, 24)  # pixels
+
+
+def losses(trace: Any) -> str:
+    """`blue 0.51 -> 0.34, clip 0.83 -> 0.79`."""
+    found = ((name, trace.losses(name)) for name in trace.plugins)
+    return ", ".join(f"{name} {v[0]:.3g} -> {v[-1]:.3g}" if v else name for name, v in found)
+
+
+def result_line(result: Any) -> str:
+    """Pictures, prompt and losses."""
+    run, count = result.run, len(result.images)
+    what = f"{count} picture{'s' * (count > 1)} of {run.width}x{run.height}"
+    told = f"{what}, prompt={_short(run.prompt)!r}, seed={run.seed}"
+    return f"Result({told}{', ' * bool(result.trace)}{losses(result.trace)})"
+
+
+def result_html(result: Any) -> str:
+    """Small pictures, and what each guide did."""
+    shown = "".join(map(_picture, result.images[:MOST]))
+    more = len(result.images) - MOST
+    rest = f"<p>and {more} more</p>" if more > 0 else ""
+    run = result.run
+    about = f"{_short(run.prompt, 200)!r}, seed {run.seed}, {run.steps} steps"
+    return f"<div>{shown}{rest}<p>{escape(about)}</p>{trace_html(result.trace)}</div>"
+
+
+def trace_html(trace: Any) -> str:
+    """A row for each guide: its loss from first to last, its curve, its share, what went wrong."""
+    if not trace.plugins:
+        return "<p>No guide acted.</p>"
+    head = ("guide", "loss", "", "share of the moves", "steps", "")
+    rows = [_row(trace, name) for name in trace.plugins]
+    remarks = "".join(f"<p>{escape(remark)}</p>" for remark in trace.remarks)
+    return _table(head, rows) + remarks
+
+
+def step_html(step: Any) -> str:
+    """Small pictures of x0 where it is known, and where the run is."""
+    about = f"<p>{escape(repr(step))}</p>"
+    known = step._state.output is not None
+    return "".join(map(_picture, step.preview()[:MOST])) + about if known else about
+
+
+def sampler_line(sampler: Any) -> str:
+    """Family, device, number format and usual size."""
+    model = sampler.model
+    height, width = model.size
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"Sampler({type(model).__name__}, {dtype} on {model.device}, {width}x{height})"
+
+
+def sampler_html(sampler: Any) -> str:
+    """What is on the line, and what a run takes where it says nothing."""
+    defaults = vars(sampler.model.defaults).items()
+    rows = [(escape(k), escape(str(v))) for k, v in defaults if v is not None and k != "scheduler"]
+    return f"<p>{escape(sampler_line(sampler))}</p>{_table(('option', 'usual'), rows)}"
+
+
+def _row(trace: Any, name: str) -> tuple[str, ...]:
+    own, values = trace.of(name), trace.losses(name)
+    shares = [share for record in own for share in record.share]
+    errors = [record.error for record in own if record.error]
+    told = f"failed at {len(errors)} steps: {errors[0]}" if errors else ""
+    return (
+        escape(name),
+        f"{values[0]:.4g} &rarr; {values[-1]:.4g}" if values else "",
+        _curve(values),
+        f"{fmean(shares):.0%}" if shares else "",
+        str(len(values)),
+        escape(told),
+    )
+
+
+def _curve(values: Sequence[float]) -> str:
+    """A line over the steps."""
+    if len(values) < 2:
+        return ""
+    (width, height), low, high = CURVE, min(values), max(values)
+    across, span = (width - 2) / (len(values) - 1), (high - low) or 1
+    points = " ".join(
+        f"{1 + i * across:.1f},{1 + (height - 2) * (high - value) / span:.1f}"
+        for i, value in enumerate(values)
+    )
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
+    return f'<svg width="{width}" height="{height}" role="img">{line}</svg>'
+
+
+def _picture(picture: Image.Image) -> str:
+    small, file = picture.copy(), io.BytesIO()
+    small.thumbnail((SIDE, SIDE))
+    small.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" style="margin: 2px">'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells are HTML already."""
+    lines = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{''.join(lines)}</table>"
+
+
+def _short(prompt: Any, most: int = 60) -> str:
+    text = str(prompt)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
