@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from pilotfish import Guide, InputError, Setting, changed, split_values
+from pilotfish import Guide, InputError, Setting, changed, split_values, with_value
 
 
 class Warmth(Guide):
@@ -50,3 +50,33 @@ def test_values_are_parted_by_commas_outside_quotes_and_brackets():
     assert split_values('1, "a, b",[2, 3],{a=1,b=2}') == ["1", '"a, b"', "[2, 3]", "{a=1,b=2}"]
     with pytest.raises(InputError, match="not closed"):
         split_values("[1, 2")
+
+
+@pytest.mark.parametrize(
+    "value", ["3", 3, 0.1, ["a", "b"], 'a "quoted" text, with = and commas', {}]
+)
+@pytest.mark.parametrize("key", ["prompt", "scheduler", "plugins.blue.scale", "preset.rho", "rho"])
+def test_a_value_that_is_no_text_to_be_read_stays_what_it_is(key, value):
+    content = {"prompt": "a cat", "preset": "tfg", "plugins": ["blue:scale=1"]}
+    before = copy.deepcopy(content)
+    answer = with_value(content, key, value)
+    assert content == before
+    place = {"plugins.blue.scale": ("plugins", 0), "rho": ("preset",), "preset.rho": ("preset",)}
+    inner = answer
+    for part in place.get(key, ()):
+        inner = inner[part]
+    assert inner[key.rpartition(".")[2]] is value
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("stepz", "no key called 'stepz'. Did you mean 'steps'?"),
+        ("plugins.red.scale", "no plugin in this run called 'red'. Available: blue"),
+        ("plugins.scale", "a change is plugins.NAME.SETTING=VALUE; got 'plugins.scale'"),
+    ],
+)
+def test_a_value_for_what_does_not_exist_is_refused(key, message):
+    with pytest.raises(InputError) as caught:
+        with_value({"plugins": ["blue"]}, key, 1)
+    assert message in str(caught.value)

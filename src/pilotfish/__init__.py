@@ -21,7 +21,7 @@ from .hooks.specs import hookimpl
 from .hooks.strength import Strength, strength_at
 
 if TYPE_CHECKING:
-    from .cli.changes import changed
+    from .cli.changes import changed, with_value
     from .guidance.cutouts import cutouts
     from .guidance.noise import NoiseLevel, at_least_float32, draw
     from .hooks.use import split_values
@@ -95,6 +95,7 @@ __all__ = [
     "strength_at",
     "to_pil",
     "whole_file",
+    "with_value",
 ]
 
 # Loaded when they are asked for, so that `pilotfish --help` needs no torch.
@@ -127,6 +128,7 @@ _LAZY = {
     "split_values": "hooks.use",
     "to_pil": "runs.pictures",
     "whole_file": "runs.pictures",
+    "with_value": "cli.changes",
 }
 
 

@@ -32,22 +32,40 @@ def changed(content: Mapping[str, Any], change: str) -> dict[str, Any]:
     Raises:
         InputError: it has no `=`, or there is no such key or plugin.
     """
-    key, equals, value = change.partition("=")
-    key, value = key.strip(), value.strip()
+    key, equals, text = change.partition("=")
+    key, text = key.strip(), text.strip()
     if not equals:
         raise InputError(f"a change is KEY=VALUE, such as steps=20; got {change!r}")
-    if key.removeprefix("preset.") in KNOBS:
-        return {
-            **content,
-            "preset": _preset(content.get("preset", KEYS["preset"].default), key, value),
-        }
+    if _is_knob(key):
+        return with_value(content, key, _toml_value("", text))
+    return with_value(
+        content, key, parse_value(text) if key.startswith("plugins.") else _toml_value(key, text)
+    )
+
+
+def with_value(content: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A run's content with one value changed, as `changed`, but the value is no text to be read.
+
+    Args:
+        content: as of `changed`; stays as it is.
+        key: `steps`, `plugins.NAME.SETTING`, or a preset's knob: `rho`, `preset.rho`.
+
+    Raises:
+        InputError: there is no such key or plugin.
+    """
+    if _is_knob(key):
+        preset = content.get("preset", KEYS["preset"].default)
+        return {**content, "preset": _preset(preset, key, value)}
     if key.startswith("plugins."):
         name, _, setting = key.removeprefix("plugins.").rpartition(".")
         if not name:
-            raise InputError(f"a change is plugins.NAME.SETTING=VALUE; got {change!r}")
-        plugins = _plugins(content.get("plugins", ()), name, setting, parse_value(value))
-        return {**content, "plugins": plugins}
-    return {**content, _known_key(key): _toml_value(key, value)}
+            raise InputError(f"a change is plugins.NAME.SETTING=VALUE; got {key!r}")
+        return {**content, "plugins": _plugins(content.get("plugins", ()), name, setting, value)}
+    return {**content, _known_key(key): value}
+
+
+def _is_knob(key: str) -> bool:
+    return key.removeprefix("preset.") in KNOBS
 
 
 def _plugins(items: Iterable[Any], name: str, setting: str, value: Any) -> list[Any]:
@@ -84,10 +102,10 @@ def _entry(item: Any) -> Entry:
     return Entry(item, use_of(type(item)))
 
 
-def _preset(preset: Any, key: str, text: str) -> dict[str, Any]:
+def _preset(preset: Any, key: str, value: Any) -> dict[str, Any]:
     """The preset as a table, with one knob changed."""
     knobs = preset if isinstance(preset, Mapping) else find_preset(preset).changes()
-    return {**knobs, key.removeprefix("preset."): _toml_value("", text)}
+    return {**knobs, key.removeprefix("preset."): value}
 
 
 def _known_key(key: str) -> str:

@@ -12,15 +12,17 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
-from torch import Tensor
 
 from ..errors import InputError, PluginError, unknown
 from . import specs
 from .plugin import Plugin
 from .registry import Entry, foreign, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The values a hook may ask for, by argument name, for the plugin of that name and a chain's value.
 Arguments = Callable[[str, Any], dict[str, Any]]
@@ -224,6 +226,8 @@ def _settings(plugin: object) -> dict[str, Any]:
 
 def tensor_problem(answer: Any, old: Tensor) -> str | None:
     """What is wrong with a chain's new tensor: it must keep shape, dtype and device."""
+    from torch import Tensor  # here, so that a run's content is read and changed without it
+
     if not isinstance(answer, Tensor):
         return f"returned {type(answer).__name__}; expected a tensor or None"
     for what in ("shape", "dtype", "device"):

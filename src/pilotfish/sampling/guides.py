@@ -40,17 +40,26 @@ RECURRENCE, RENEWAL, SAMPLES = "host recurrence", "host renewal", "host samples"
 class Guides:
     """All guides of a run; what they did goes into the trace.
 
+    Args:
+        measuring: their losses alone are asked for, and no gradient.
+
     Raises:
         InputError: a guide's mask cannot be read, or the preset does not fit the scheduler.
         ModelError: no gradient can be taken here.
     """
 
     def __init__(
-        self, run: Run, stack: Stack, schedule: Schedule, generators: Generators, trace: Trace
+        self,
+        run: Run,
+        stack: Stack,
+        schedule: Schedule,
+        generators: Generators,
+        trace: Trace,
+        measuring: bool = False,
     ) -> None:
         self.preset = find_preset(run.preset)
         self._run, self._stack, self._trace = run, stack, trace
-        self._schedule, self._generators = schedule, generators
+        self._schedule, self._generators, self._measuring = schedule, generators, measuring
         self._decode = run.model.decoder(run.decoder)
         self._disabled: set[str] = set()
         self._calls = stack.calls["loss_guidance"]
@@ -64,7 +73,7 @@ class Guides:
             for name, s in self._settings.items()
             if s.mask is not None
         }
-        if self._calls:
+        if self._calls and not measuring:
             self._refuse_what_cannot_work()
         self._strengths = schedule.strengths(self.preset.schedule)
 
@@ -110,7 +119,7 @@ class Guides:
     def _ends(self, guide: Call) -> tuple[End, ...]:
         """Where its gradient ends."""
         end = self._settings[guide.name].gradient or self.preset.gradient
-        if end == "none":
+        if end == "none" or self._measuring:
             return ()
         return moves.ENDS if end == "both" else (end,)
 
@@ -157,16 +166,18 @@ class Guides:
         else:
             state.after = move
 
-    def judge(self, state: StepState, latents: Tensor, decode: Callable[[Tensor], Tensor]) -> None:
-        """Write the loss of each guide that acted into the trace, on the finished latents.
+    def judge(
+        self, state: StepState, latents: Tensor, decode: Callable[[Tensor], Tensor], names: set[str]
+    ) -> None:
+        """Write the loss of the guides of these names into the trace, on the finished latents.
 
         Args:
             state: the last step; the guides see it once more, at noise level zero.
             decode: the VAE.
         """
-        done, acted = state.finished(latents), set(self._trace.plugins)
+        done = state.finished(latents)
         graph = SharedGraph(done.x0, decode, self._run.model.rgb)
-        guides = [g for g in self._calls if g.name in acted - self._disabled]
+        guides = [g for g in self._calls if g.name in names - self._disabled]
         self._trace += self._records(done, self._pulls(done, guides, graph, [])[1])
 
     def renoise(self, state: StepState) -> Tensor:

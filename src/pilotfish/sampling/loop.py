@@ -34,13 +34,18 @@ TURN = "host turn"  # a name that no plugin can have
 class Sampling:
     """One run under way.
 
+    Args:
+        measuring: it is there for `judge` alone.
+
     Attributes:
         described: the run with everything resolved, without the model.
         latents: (B, C, H, W), as the latest step left them.
         final: the same at noise level zero, when the run is done.
     """
 
-    def __init__(self, model: LatentDiffusion, run: Run, stack: Stack) -> None:
+    def __init__(
+        self, model: LatentDiffusion, run: Run, stack: Stack, *, measuring: bool = False
+    ) -> None:
         self.stack, self.trace = stack, Trace()
         self.again: Callable[[Stack], Sampling] = lambda other: Sampling(model, run, other)
         self.network = Network(model, run.checkpointing, stack)
@@ -58,7 +63,7 @@ class Sampling:
         self.schedule = Schedule(self.model.new_scheduler(spec), steps, set_timesteps)
         self.num_steps = self.schedule.num_steps
         self.generators = Generators(self.run)
-        self.guides = Guides(self.run, stack, self.schedule, self.generators, self.trace)
+        self.guides = Guides(self.run, stack, self.schedule, self.generators, self.trace, measuring)
         self.latents: Tensor | None = None
         self.final: Tensor | None = None
 
@@ -90,6 +95,16 @@ class Sampling:
                     break
             self.final = outside.result(latents)[:: self.particles]
             self._sum_up(state)
+
+    @torch.no_grad()
+    def judge(self, latents: Tensor) -> Trace:
+        """Every guide's loss on finished latents, in place of the loop; no step is taken."""
+        with self._set_up():
+            self.prompts = Prompts(self.run, self.stack)
+            state = self.begin(self.num_steps - 1, latents, 0)
+            names = {call.name for call in self.stack.calls["loss_guidance"]}
+            self.guides.judge(state, latents, self.model.decoder("vae"), names)
+        return self.trace
 
     @contextlib.contextmanager
     def _set_up(self) -> Iterator[None]:
@@ -275,7 +290,8 @@ class Sampling:
     def _sum_up(self, state: StepState) -> None:
         """What the trace tells of the whole run."""
         if self.run.decoder != "vae" and self.final is not None and self.particles == 1:
-            self.guides.judge(state, self.final, lambda _: self.finished[1])
+            acted = set(self.trace.plugins)
+            self.guides.judge(state, self.final, lambda _: self.finished[1], acted)
         self.trace.remarks = list(self.guides.remarks())
         if self.trace.remarks:
             warnings.warn("; ".join(self.trace.remarks), GuideWarning, stacklevel=2)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..errors import PluginError
 from ..hooks.stack import Stack
 from ..runs import pictures as images
 from ..runs.metadata import Picture
-from ..runs.run import Run, check_keywords
+from ..runs.run import KEYS, Run, check_keywords
 from . import shown
 from .loop import Sampling
 from .step import Step
@@ -149,6 +150,26 @@ class Sampler:
             NonFiniteError: the latents or the picture became NaN or infinite.
         """
         return self.stream(prompt, plugins=plugins, **options).result()
+
+    def losses(self, result: Result, plugins: Sequence[object]) -> dict[str, tuple[float, ...]]:
+        """Each guide's loss on the pictures of a result, by its name in the list, (B,) each.
+
+        The guides see the finished latents at noise level zero and the VAE's decode of them, with
+        the run's prompts; no step and no gradient is taken. A reward's loss is minus its score.
+
+        Args:
+            plugins: as in `__call__`; of those without a loss nothing is told.
+
+        Raises:
+            InputError, PluginError: as `__call__`.
+        """
+        usual = {"preset": KEYS["preset"].default, "decoder": "vae", "on_error": "raise"}
+        run = result.run.model_copy(update=usual)
+        sampling = Sampling(self.model, run, Stack(plugins), measuring=True)
+        trace = sampling.judge(result.latents)
+        if failed := next((record for record in trace if record.error), None):
+            raise PluginError(str(failed.error), plugin=failed.plugin, hook="loss_guidance")
+        return {record.plugin: record.loss for record in trace}
 
     def stream(self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Any) -> Stream:
         """The same as an iterator over steps: watch, preview, or break when it is good enough.
