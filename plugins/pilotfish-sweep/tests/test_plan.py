@@ -222,3 +222,14 @@ def test_a_hundred_thousand_cells_are_planned_in_ten_seconds_and_500_megabytes()
         assert tracemalloc.get_traced_memory()[1] < 50e6  # a tenth of the cells and of the memory
     finally:
         tracemalloc.stop()
+
+
+def test_the_readmes_sweep_is_one_and_its_axes_give_what_its_table_says():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    Path("readme.toml").write_text(text.split("```toml\n")[1].split("```")[0])
+    planned = Sweep.read("readme.toml")
+    planned.check()
+    assert len(planned.cells()) == 12
+    assert values("[axes]\nsteps = {from = 10, to = 50, step = 10}") == [
+        (10,), (20,), (30,), (40,), (50,)
+    ]  # fmt: skip

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from pilotfish_sweep.work import Job, Models
 
 from pilotfish import InputError
 from pilotfish.cli import main
+from pilotfish.testing import random_pipeline
 
 SWEEP = """
 prompt = "a red cat </script><b>"
@@ -135,11 +138,13 @@ def test_a_cell_has_the_pictures_of_its_run_alone_to_the_bit(random_sampler):
             assert "seconds" not in record
 
 
-def test_generate_takes_a_cells_run_file_and_replay_its_picture(monkeypatch, random_sampler):
+def test_generate_takes_a_cells_run_file_and_makes_its_pictures(monkeypatch, random_sampler):
     run()
     monkeypatch.setattr("pilotfish.models.loading.load", lambda **_: random_sampler.model)
     trace = next(Path("folder").glob("cells/*/*.json"))
-    done = CliRunner().invoke(main, ["generate", "--run", str(trace.with_suffix(".toml"))])
+    done = CliRunner().invoke(
+        main, ["generate", "--run", str(trace.with_suffix(".toml")), "--out", "out.png"]
+    )
     assert done.exit_code == 0, done.output
     assert np.array_equal(pixels("out-1.png"), pixels(trace.with_name(f"{trace.stem}-1.png")))
 
@@ -228,6 +233,22 @@ def test_a_judge_that_is_none_fails_the_cell_and_says_why(judge, words):
     )
     (name,) = run()[0].failed
     assert words in Folder("folder").failure(name)["message"]
+
+
+@pytest.mark.slow
+def test_one_process_and_two_make_the_same_files_with_a_model_of_their_own():
+    random_pipeline().save_pretrained("tiny")
+    Path("sweep.toml").write_text(f'model = "tiny"\n{SWEEP}')
+    for workers in ("1", "2"):
+        words = ("sweep", "run", "sweep.toml", "--out", workers, "--workers", workers)
+        done = subprocess.run(
+            [sys.executable, "-m", "pilotfish", *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{workers}  4 of 4 cells, 0 kept\n"
+    assert files("1") == files("2")
+    assert len(files("1")) == 1 + 4 * 4
+    assert len({entry["pid"] for entry in Folder("2").logged()}) == 2
 
 
 # ---- claims ----
@@ -474,9 +495,6 @@ def test_a_report_elsewhere_leads_to_the_pictures_and_a_large_one_shows_the_fold
 
 
 def test_help_needs_no_torch():
-    import subprocess
-    import sys
-
     code = (
         "import sys\nfrom pilotfish_sweep.command import sweep\n"
         "sweep(['run', '--help'], standalone_mode=False)\n"

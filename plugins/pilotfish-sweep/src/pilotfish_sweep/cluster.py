@@ -17,7 +17,7 @@ from .work import Job, Models, Outcome, Task
 PLUGIN = "pilotfish-sweep"
 
 
-class Loaded(WorkerPlugin):
+class Loaded(WorkerPlugin):  # type: ignore[misc] # dask is not looked into
     """A worker's models, loaded once, however many tasks it gets.
 
     Args:

@@ -201,6 +201,6 @@ def _is_whole(file: Path, fact: Mapping[str, Any], thorough: bool) -> bool:
     try:
         if thorough:
             return facts(file) == fact
-        return file.stat().st_size == fact["bytes"]
+        return bool(file.stat().st_size == fact["bytes"])
     except OSError:
         return False
