@@ -193,7 +193,7 @@ def test_a_worker_knows_a_point_by_the_same_file(curves):
         assert pickle.loads(pickle.dumps(point)).file("w", 0) == point.file("w", 0)
 
 
-@pytest.fixture(params=["emoji"])
+@pytest.fixture(params=["emoji", "emoji-flow"])
 def model(request):
     """A model that ships."""
     return request.param

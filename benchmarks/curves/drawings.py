@@ -112,7 +112,8 @@ def plot(rows: Sequence[Row], target: Path) -> None:
                 _curve(axis, own, top, (x, y), colors.get(top["series"], "gray"))
             if x == "factor":
                 axis.set_xscale("log", base=2)
-                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.get_major_locator().set_params(numticks=7)
+                axis.xaxis.set_major_formatter("{x:.2g}")
                 axis.minorticks_off()
             axis.set(xlabel=AXES[x], ylabel=AXES[y])
             axis.grid(alpha=0.3)
@@ -174,10 +175,13 @@ def _pictures(lab: Lab, point: Point, shown: Sequence[int]) -> Iterator[Image.Im
 
 
 def lines(rows: Sequence[Row], series: Sequence[Series], task: str) -> list[list[Point]]:
-    """What a task's sheet shows: each series at its best, of colours also at half and at twice."""
+    """What a task's sheet shows: each series at its best, of colours also at the scales around."""
     by_name = {s.name: s for s in (*series, *floors(series[0].model)) if s.task == task}
-    factors = (1.0,) if task == "label" else (0.5, 1.0, 2.0)
-    return [
-        [Point(by_name[row["series"]], row["scale"] * factor) for factor in factors]
-        for row in chosen(rows, task)
-    ]
+    found = []
+    for row in chosen(rows, task):
+        own = [r for r in rows if (r["task"], r["series"]) == (task, row["series"])]
+        scales = sorted(r["scale"] for r in own)
+        place = scales.index(row["scale"])
+        around = scales[max(0, place - 1) : place + 2] if task != "label" else [row["scale"]]
+        found.append([Point(by_name[row["series"]], scale) for scale in around])
+    return found

@@ -38,18 +38,11 @@ ROWS: dict[str, tuple[dict | None, dict, dict]] = {
     "nothing": (None, {"gradient": "none"}, {}),
     "best-of, 4": ({"use": "best-of", **FOUR}, {"gradient": "none"}, {}),
     "svdd, 4": ({"use": "svdd", **FOUR}, {"gradient": "none"}, {}),
-    "feynman-kac, 4": (
-        {"use": "feynman-kac", "strength": 4.0, **FOUR},
-        {"gradient": "none"},
-        {},
-    ),
+    "feynman-kac, 4": ({"use": "feynman-kac", "strength": 4.0, **FOUR}, {"gradient": "none"}, {}),
     "gradient": (None, {"scale": 4, "stop": 0.8}, {}),
     "gradient, as many calls": (None, {"scale": 4, "stop": 0.8}, {"steps": 100}),
-    "gradient and best-of, 4": (
-        {"use": "best-of", **FOUR},
-        {"scale": 4},
-        {},
-    ),
+    "gradient and best-of, 4": ({"use": "best-of", **FOUR}, {"scale": 4}, {}),
+    "gradient and das, 4": ({"use": "das", "strength": 4.0, **FOUR}, {"scale": 4}, {}),
 }
 
 
