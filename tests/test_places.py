@@ -127,10 +127,10 @@ def test_a_picture_whose_place_fails_by_the_end_is_kept_elsewhere(
     kept.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(kept))
 
-    def full(picture: Image.Image, path: Path, run: str = "") -> Path:
+    def full(picture: Image.Image, path: Path) -> Path:
         if kept not in Path(path).parents:
             raise pictures.InputError(f"cannot write {path}: No space left on device")
-        return save(picture, path, run)
+        return save(picture, path)
 
     monkeypatch.setattr(pictures, "save_picture", full)
     done = generate(model, "a cat", "--out", "cat.png")
