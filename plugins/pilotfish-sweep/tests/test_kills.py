@@ -16,12 +16,12 @@ from pilotfish_sweep.folder import Folder
 from pilotfish_sweep.plan import Sweep
 
 QUICK = Path(__file__).with_name("quick.py")
-CELLS = 40
+CELLS = 60
 SWEEP = """
 prompt = "a red cat"
 [axes]
 guidance_scale = [1, 2.5]
-seed = {from = 1, to = 20}
+seed = {from = 1, to = 30}
 """
 
 
@@ -56,6 +56,16 @@ def workers_of(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
     return [pid for pid, line in lines.items() if "spawn_main" in line]
+
+
+def both_workers(process):
+    """Its two workers, once both have started."""
+    deadline = time.monotonic() + 120
+    while len(found := workers_of(process)) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
 
 
 def kill(*pids):
@@ -100,10 +110,8 @@ def test_killed_at_ten_points_it_ends_with_the_same_files(undisturbed):
     for round_ in range(10):
         process = start("folder")
         wait_for("folder", 3 * (round_ + 1))
+        workers = both_workers(process)  # cells of the round before may be enough to wait for
         time.sleep(own.random() * 0.1)
-        assert process.poll() is None
-        workers = workers_of(process)
-        assert len(workers) == 2
         chosen = {0: [process.pid], 1: workers[:1], 2: [process.pid, *workers]}[round_ % 3]
         kill(*chosen)
         if round_ % 3 == 1:  # the driver starts another worker, and is killed in its turn
@@ -121,7 +129,7 @@ def test_killed_at_ten_points_it_ends_with_the_same_files(undisturbed):
 def test_killed_once_it_ends_with_the_same_files(undisturbed):
     process = start("folder")
     wait_for("folder", 5)
-    kill(process.pid, *workers_of(process)[:1])
+    kill(process.pid, *both_workers(process)[:1])
     process.communicate(timeout=60)
     code, told = finish(start("folder"))
     assert code == 0, told
@@ -132,8 +140,7 @@ def test_killed_once_it_ends_with_the_same_files(undisturbed):
 def test_workers_end_with_a_driver_that_was_killed():
     process = start("folder")
     wait_for("folder", 1)
-    workers = workers_of(process)
-    assert len(workers) == 2
+    both_workers(process)
     kill(process.pid)
     process.communicate(timeout=60)  # ends when the last that holds stderr has ended
 
