@@ -21,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -153,15 +154,12 @@ class Lab:
         self.weights = digest(model.folder, "unet", "transformer", "vae", "text_encoder*")
         self.wishes = plain_wishes(COUNT, 1, model.world)
         self.known = self.features(self.renders(self.wishes * REPEATS, 4))
-        self._sampler: pilotfish.Sampler | None = None
         KEPT.mkdir(parents=True, exist_ok=True)
 
-    @property
+    @cached_property
     def sampler(self) -> pilotfish.Sampler:
         """Loaded when the first picture is made."""
-        if self._sampler is None:
-            self._sampler = pilotfish.load(self.name, dtype="bfloat16")
-        return self._sampler
+        return pilotfish.load(self.name, dtype="bfloat16")
 
     def renders(self, wishes: Sequence[Wish], seed: int) -> Tensor:
         """Fresh pictures (N, 3, 64, 64) in [0, 1] of what is wished."""

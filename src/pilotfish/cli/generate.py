@@ -206,7 +206,7 @@ def make_pictures(
     """A run, its files, and what there is to tell, as text and as data."""
     from .report import report, summary
 
-    film = output.check()
+    film = output.new_film()
     stream = start(stack, run, model)
     more: dict[str, str] = {}
     if output.save_run is not None:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ..errors import InputError, PilotfishError
 from .program import not_installed
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ..runs.run import Run
     from ..sampling.sampler import Result
-
-Kept = TypeVar("Kept")
 
 FOLDER = Path("out")  # where nobody names a place
 LONGEST = 60  # characters of a prompt in a name
@@ -42,21 +40,27 @@ class Output:
     film_decoded: bool = False
     force: bool = False
 
-    def check(self) -> Film | None:
-        """Find out before the model is loaded whether the places can be written; the empty film.
+    def check(self) -> None:
+        """Find out before the model is loaded whether the places can be written.
 
         Raises:
             PilotfishError: one cannot.
         """
         from ..runs.pictures import check_place, check_writable
 
-        for place in (self.out, self.save_run, self.film):
+        out = self.out or FOLDER / "picture.png"
+        for place in (out, self.save_run, self.film):
             if place is not None:
                 check_place(Path(place))
-        if self.out is not None:
-            check_writable(self.out)
-        else:
-            check_place(FOLDER / "picture.png")
+        check_writable(out)
+        self.new_film()
+
+    def new_film(self) -> Film | None:
+        """An empty film, where one is asked for.
+
+        Raises:
+            PilotfishError: its package is missing, or its ending names no film.
+        """
         if self.film is None:
             return None
         try:
