@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import Tensor
 import pilotfish
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
+from emoji_training.score import kept
 from emoji_training.world import sheet
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
@@ -46,16 +46,6 @@ def drawn(sampler: pilotfish.Sampler, run: dict[str, Any], plugins: list[dict[st
         result = sampler(f"a {name}", plugins=plugins, **options)
         parts += [pilotfish.pixels(image) for image in result.images]
     return (torch.cat(parts) * 255).round().byte()
-
-
-def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """What lies in the file, (N, 3, 64, 64) in [0, 1]; made and written there if nothing does."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        torch.save(make(), part)
-        part.rename(path)
-    images: Tensor = torch.load(path, weights_only=True).float() / 255
-    return images
 
 
 def draw(pictures: dict[str, Tensor], path: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -29,7 +29,7 @@ from torch import Tensor
 import pilotfish
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
-from emoji_training.score import frechet_distance
+from emoji_training.score import frechet_distance, kept
 from emoji_training.world import pixels, random_style, render, sheet
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
@@ -94,16 +94,6 @@ def fresh() -> Tensor:
             color = COLORS[random.choice(BACKGROUNDS)]
             parts.append(pixels(render(GLYPHS[name], color, random_style(random), random)))
     return torch.stack(parts)
-
-
-def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """What lies in the file, (N, 3, 64, 64) in [0, 1]; made and written there if nothing does."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        torch.save(make(), part)
-        part.rename(path)
-    images: Tensor = torch.load(path, weights_only=True).float() / 255
-    return images
 
 
 def row(judge: judges.Judge, images: Tensor, world: Tensor) -> tuple[float, float, float]:

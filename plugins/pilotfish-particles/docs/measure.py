@@ -26,7 +26,7 @@ from torch import Tensor
 import pilotfish
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pilotfish-emoji" / "training"))
-from emoji_training.score import frechet_distance
+from emoji_training.score import frechet_distance, kept
 from emoji_training.world import pixels, random_style, render, sheet
 
 OBJECTS = ("fox", "cat", "frog", "campfire", "owl", "car", "tree", "rocket")
@@ -73,16 +73,6 @@ def fresh() -> Tensor:
     return torch.stack(parts)
 
 
-def kept(path: Path, sampler: pilotfish.Sampler, row: str) -> Tensor:
-    """What lies in the file, (N, 3, 64, 64) in [0, 1]; made and written there if nothing does."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        torch.save(drawn(sampler, row), part)
-        part.rename(path)
-    images: Tensor = torch.load(path, weights_only=True).float() / 255
-    return images
-
-
 @torch.no_grad()
 def main() -> None:
     """All rows."""
@@ -94,7 +84,9 @@ def main() -> None:
     world = judge.features(fresh().float() / 255)
     names, found, shown = [o for o in OBJECTS for _ in range(EACH)], {}, []
     for row, (search, _, run) in ROWS.items():
-        images = kept(out / f"{row.replace(', ', '-').replace(' ', '-')}.pt", sampler, row)
+        images = kept(
+            out / f"{row.replace(', ', '-').replace(' ', '-')}.pt", lambda r=row: drawn(sampler, r)
+        )
         seen = [objects for objects, *_ in judge.judge(images).names]
         right = sum(s == n for s, n in zip(seen, names, strict=True)) / len(names)
         calls = run.get("steps", RUN["steps"]) * (search or {}).get("particles", 1)

@@ -39,6 +39,16 @@ class Wish:
         return caption(self.object, self.background, self.style)
 
 
+def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """What lies in the file, (N, 3, 64, 64) in [0, 1]; made and written there if nothing does."""
+    if not path.exists():
+        part = path.with_suffix(".part")
+        torch.save(make(), part)
+        part.rename(path)
+    images: Tensor = torch.load(path, weights_only=True).float() / 255
+    return images
+
+
 def plain_wishes(count: int, seed: int, world: World = EMOJI) -> list[Wish]:
     """Every object equally often, on random backgrounds of the pairs seen in training."""
     random = Random(seed)
