@@ -191,7 +191,7 @@ def test_changing_latents_in_place_is_refused(sampler):
         def before_step(self, step):
             step.latents.mul_(2)
 
-    with pytest.raises(PluginError, match="changed its input in place"):
+    with pytest.raises(PluginError, match="changed step.latents in place"):
         sampler("a cat", plugins=[InPlace()], steps=2, seed=0)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, PilotfishError, PluginError, is_out_of_memory, told
 from ..hooks.stack import Stack
 from ..models.copies import make_eager
 from ..models.protocol import Conditioning, LatentDiffusion
@@ -47,12 +47,21 @@ class Network:
         return self._around()
 
     def __call__(
-        self, state: StepState, latents: Tensor, conditioning: Conditioning, patch: Any = None
+        self,
+        state: StepState,
+        latents: Tensor,
+        conditioning: Conditioning,
+        patch: Any = None,
+        plugin: str | None = None,
     ) -> Tensor:
         """Its output for scaled latents (N, C, H, W).
 
         Args:
             patch: see `Step.predict`.
+            plugin: who asks, where it is not the step itself.
+
+        Raises:
+            PluginError: the network raised something, with what plugins change of it.
         """
         before, state.call = (state.call, self._around), (latents, conditioning)
         if patch is not None:
@@ -68,8 +77,21 @@ class Network:
             self._around = nullcontext if plain else (lambda: None) if once else around
             with around():
                 return self.model.predict(latents, state.timestep, conditioning, **inputs)
+        except Exception as error:
+            self._blame(error, state, plugin)
+            raise
         finally:
             state.call, self._around = before
+
+    def _blame(self, error: Exception, state: StepState, plugin: str | None) -> None:
+        """Name the plugins that change the network or its inputs, where it raised something."""
+        hooks = ("network_inputs", "around_network", "further_prediction")
+        names = [call.name for hook in hooks for call in self._stack.calls[hook]]
+        names = names if plugin is None else [plugin, *names]
+        if names and not (isinstance(error, PilotfishError) or is_out_of_memory(error)):
+            whose = " and ".join(dict.fromkeys(self._stack.label(name) for name in names))
+            what = f"{whose}: the network, with what it adds or changes, raised {told(error)}"
+            raise PluginError(f"{what}{state.where}", plugin=names[0]) from error
 
     def both(self, state: StepState, scaled: Scaled) -> tuple[Tensor, Tensor | None]:
         """The predictions for the prompt and the negative prompt; the state gets further ones.
@@ -84,14 +106,14 @@ class Network:
         joined = self.model.together and not self._stack.calls["around_network"]
         patches = [(name, patch) for name, patch in further if joined]
         outputs: list[Tensor] = []
-        for told in state.calls:
-            own = len(told["values"]) // count
-            answers = self._joined(state, scaled, told, [patch for _, patch in patches])
+        for asked in state.calls:
+            own = len(asked["values"]) // count
+            answers = self._joined(state, scaled, asked, [patch for _, patch in patches])
             outputs += reversed(answers[:own])
             state.further.update(zip(dict(patches), answers[own:], strict=True))
         for name, patch in further[len(patches) :]:
             latents, alone = scaled(state.latents, state.timestep), partial(patch, slice(0, count))
-            state.further[name] = self(state, latents, state.conditioning, alone)
+            state.further[name] = self(state, latents, state.conditioning, alone, name)
         cond, *uncond = outputs  # (B, C, H, W) each
         return cond, uncond[0] if uncond else None
 
