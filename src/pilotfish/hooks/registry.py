@@ -162,7 +162,7 @@ def foreign(
         if isinstance(error, PilotfishError) and not ours:
             raise
         told = f"{type(error).__name__}: {error}".rstrip(". ")  # more of the sentence follows
-        hints = "".join(f" ({hint})" for part, hint in HINTS.items() if part in told)
+        hints = "".join(f"; {hint}" for part, hint in HINTS.items() if part in told)
         message = f"{what} {told}{hints}{end}"
         raise PluginError(message, plugin=plugin, hook=hook) from error
 

@@ -70,7 +70,7 @@ class StepState:
 
     def __post_init__(self) -> None:
         # For error messages; a property would format it for every hook.
-        self.where = f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
+        self.where = f" (at step {self.index} of {self.num_steps}, sigma {self.level.sigma:.3g})"
 
     @property
     def x0(self) -> Tensor:
