@@ -217,7 +217,10 @@ class Step:
 
     @property
     def image(self) -> Tensor:
-        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
+        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step.
+
+        8 stands for the model's own `factor`, as wherever `8H` is written.
+        """
         return self._shown("image", lambda x0: self.run.model.decoder(self.run.decoder)(x0))
 
     @property
