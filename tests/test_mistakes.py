@@ -277,7 +277,7 @@ def test_a_loss_that_is_wrong_in_the_middle_of_a_run_is_named_with_its_step(samp
         (
             "before_step",
             lambda step: setattr(step, "latents", step.latents),
-            "has no setter; a step is read-only; a hook returns what it changes (at step 0 of 1, sigma",
+            "has no setter; a step is read-only; a hook returns what it changes (at step 0 of 1",
         ),
         (
             "loss_guidance",

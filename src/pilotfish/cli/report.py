@@ -33,7 +33,8 @@ def _guide_lines(trace: Trace) -> Iterator[str]:
         if losses:
             final = trace.final_loss(name)
             by_vae = "" if final is None else f"; {final:.4g} by the VAE"
-            yield f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} ({counted(len(losses))}){by_vae}"
+            fell = f"{losses[0]:.4g} -> {losses[-1]:.4g} ({counted(len(losses))})"
+            yield f"{name}: loss {fell}{by_vae}"
         if (outside := leaked(trace, name)) is not None:
             yield f"{name}: {outside:.1%} of the moves at its steps lie outside its mask"
         if failed:

@@ -39,5 +39,6 @@ def _check_reachable(target: str, file: str, place: dict[str, Any]) -> None:
         return
     except Exception as error:  # of the HTTP library that this version of the client is built on
         raise ModelError(
-            f"there is no folder {target}, it is in no cache, and the hub does not answer: {error}"
+            f"{target} is no folder here, nor in the hub's cache, and the hub does not answer: "
+            f"{error}"
         ) from error
