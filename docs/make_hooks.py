@@ -18,9 +18,10 @@ FILE = Path(__file__).with_name("hooks.md")
 HEAD = """\
 # The hooks
 
-What a plugin may do, hook by hook. This page is written by `docs/make_hooks.py` from
-[specs.py](../src/pilotfish/hooks/specs.py); change it there. [Write a plugin](plugins.md) is the
-way in. In a class each hook is a method, with `self` before the arguments shown here.
+<!-- Written by docs/make_hooks.py from src/pilotfish/hooks/specs.py; change it there. -->
+
+What a plugin may do, hook by hook. [Write a plugin](plugins.md) is the way in. In a class each hook
+is a method, with `self` before the arguments shown here.
 """
 
 

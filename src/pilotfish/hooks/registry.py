@@ -163,7 +163,7 @@ def foreign(
         if (isinstance(error, PilotfishError) and not ours) or is_out_of_memory(error):
             raise
         cause = told(error).rstrip(". ")  # more of the sentence follows
-        hints = "".join(f" ({hint})" for part, hint in HINTS.items() if part in cause)
+        hints = "".join(f"; {hint}" for part, hint in HINTS.items() if part in cause)
         message = f"{what} {cause}{hints}{end}"
         raise PluginError(message, plugin=plugin, hook=hook) from error
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
 
-from ..errors import InputError, PluginError, unknown
+from ..errors import InputError, PilotfishError, PluginError, unknown
 from . import specs
 from .plugin import Plugin
 from .registry import Entry, foreign, resolve
@@ -142,6 +142,11 @@ class Stack:
         values["state"], step = self._states.get(call.name), values.get("step")
         try:
             answer = call(values)
+        except PilotfishError as error:
+            if where and not isinstance(error, PluginError):
+                told = str(error).rstrip(". ")
+                error.args = (f"{self.label(call.name)}: {call.hook}(): {told}{where}",)
+            raise
         except (Exception, SystemExit, GeneratorExit):  # told only now: a step calls many hooks
             what = f"{self.label(call.name)}: {call.hook}() raised"
             with foreign(what, call.name, call.hook, where):

@@ -325,8 +325,8 @@ class Sampling:
         if here := [r for r in self.trace if r.gradient_norm and r.index == state.index]:
             norm, plugin = max((max(r.gradient_norm), r.plugin) for r in here)
             cause = f"The largest gradient came from {plugin!r}, norm {norm:.2g}; lower its scale."
-        where = state.where.replace(" at", "after", 1)
-        raise NonFiniteError(f"latents became non-finite {where}. {cause}")
+        where = f"step {state.index} of {state.num_steps} (sigma {state.level.sigma:.3g})"
+        raise NonFiniteError(f"latents became non-finite after {where}. {cause}")
 
     def _for_run(self, *_: Any) -> dict[str, Any]:
         return {"run": self.run}

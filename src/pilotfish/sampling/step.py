@@ -72,7 +72,7 @@ class StepState:
 
     def __post_init__(self) -> None:
         # For error messages; a property would format it for every hook.
-        self.where = f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
+        self.where = f" (at step {self.index} of {self.num_steps}, sigma {self.level.sigma:.3g})"
 
     @property
     def x0(self) -> Tensor:
@@ -230,7 +230,10 @@ class Step:
 
     @property
     def image(self) -> Tensor:
-        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
+        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step.
+
+        8 stands for the model's own `factor`, as wherever `8H` is written.
+        """
         return self._shown("image", lambda x0: self.run.model.decoder(self.run.decoder)(x0))
 
     @property
