@@ -149,16 +149,16 @@ def locate(model: str | Path | None) -> str:
             "(or name another one: a diffusers folder or a hub id)"
         )
     place = Path(os.path.expanduser(name))
-    if place.is_file() or place.suffix in (".safetensors", *PICKLES):
+    if os.path.isfile(place) or place.suffix in (".safetensors", *PICKLES):
         return locate_file(name)
-    if name.startswith((".", "/", "~")) and not place.is_dir():
+    if name.startswith((".", "/", "~")) and not os.path.isdir(place):
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
-    if not place.is_dir() and "/" not in name:
+    if not os.path.isdir(place) and "/" not in name:
         raise InputError(
             f"{unknown('model', name, known)}. A folder in the diffusers layout, one .safetensors "
             "file, or a hub id, OWNER/NAME, does as well"
         )
-    return str(place) if place.is_dir() else name
+    return str(place) if os.path.isdir(place) else name
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:

@@ -50,8 +50,8 @@ def locate_file(name: str) -> str:
             f"{name} is a pickle, which can run any code when it is read; {takes}. Its tensors can "
             "be written as one: safetensors.torch.save_file(torch.load(FILE, weights_only=True))"
         )
-    if place.suffix != ".safetensors" or not place.is_file():
-        what = "is a file of another kind" if place.is_file() else "is not there"
+    if place.suffix != ".safetensors" or not os.path.isfile(place):
+        what = "is a file of another kind" if os.path.isfile(place) else "is not there"
         raise InputError(f"{name} {what}; {takes}")
     return str(place)
 
