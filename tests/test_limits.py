@@ -61,6 +61,12 @@ def test_whatever_a_plugins_setting_is_given_comes_to_a_run_or_a_line(setting):
         call("generate", "a cat", "--dry-run", "--use", f"blue:{setting}={text}")
 
 
+def test_words_that_are_no_text_are_told_by_the_table_of_tokens_too(model):
+    pytest.importorskip("pilotfish_view")
+    done = call("view", "tokens", "a \udcff", "--model", model)
+    assert done.exit_code == 1 and "a prompt must be text in UTF-8" in done.stderr
+
+
 # ---- places ----
 
 
@@ -85,7 +91,7 @@ def test_a_folder_for_a_grid_or_a_table_is_told_before_the_work(monkeypatch):
     pytest.importorskip("pilotfish_view")
     Path("cat.png").mkdir()
     Path("run.toml").write_text(RUN)
-    monkeypatch.setattr(pilotfish, "load", None)  # never asked
+    monkeypatch.setattr(pilotfish, "load", lambda *_, **__: 1 / 0)  # never asked
     for command in (["grid", "run.toml", "--x", "seed=1,2"], ["view", "schedule", "ddim"]):
         done = call(*command, "--out", "cat.png")
         assert done.exit_code == 1 and "it is a folder; add a file's name" in done.stderr
@@ -112,6 +118,7 @@ def test_what_a_kill_left_half_written_goes_with_the_next_file_an_hour_later():
     [
         (".".join("a" * 100_000) + " = 1", "a key of more than 32 parts"),
         ('x = {"a" . ' + "'b'." * 50 + "c = 1}", "a key of more than 32 parts"),
+        ("x" * 250_000, "not valid TOML"),
         ("steps = " + "1" * 5000, "not valid TOML"),
         ("steps = 0x" + "f" * 5000, "a number of more than 300 digits"),
         ("preset = " + "[" * 3000 + "]" * 3000, "more than 32 tables or lists"),

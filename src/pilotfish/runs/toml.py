@@ -12,7 +12,7 @@ DEEPEST = 32  # tables and lists within each other; a run has four
 PARTS = 32  # of a dotted key, for which Python's reader takes the square of their number
 LARGEST = 10**300  # whole numbers; those of thousands of digits cannot be written in a message
 _PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+"""
-LONG_KEY = re.compile(f"(?:{_PART}){{{PARTS}}}")
+LONG_KEY = re.compile(rf"(?<![\w-])(?:{_PART}){{{PARTS}}}")  # from its start: linear in time
 
 
 def read_toml(text: str, origin: str) -> dict[str, Any]:
