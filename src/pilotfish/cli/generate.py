@@ -17,6 +17,7 @@ from ..errors import InputError
 from .options import Options, run_options
 from .places import Output, saved, write
 from .program import debug_option
+from .starting import lean
 
 if TYPE_CHECKING:
     from pilotfish_view import Film
@@ -136,23 +137,38 @@ def answered(
     Args:
         within: what is put around all but the model's loading.
     """
-    from ..models.loading import load
-
-    with within():
-        checked = [build(content) for content in contents]
-    if dry_run:
-        yield from (explain(*each, model) for each in checked)
-        return
-    output.check()
-    if any("prompt" not in content for content in contents):
-        raise click.UsageError(
-            'a PROMPT is missing: pilotfish generate "a campfire"; "" for a run without one'
-        )
-    loaded = load(**model)
+    with lean():
+        if not dry_run:
+            click.echo(f"loading {loads(contents, model)} ...", err=True)
+        with within():
+            checked = [build(content) for content in contents]
+        if dry_run:
+            yield from [explain(*each, model) for each in checked]
+            return
+        output.check()
+        if any("prompt" not in content for content in contents):
+            raise click.UsageError(
+                'a PROMPT is missing: pilotfish generate "a campfire"; "" for a run without one'
+            )
+        loaded = load_model(model)
     for stack, run in checked:
         with within():
             answer = make_pictures(stack, run, loaded, output)
         yield answer
+
+
+def loads(contents: Sequence[dict[str, Any]], model: Model) -> str:
+    """What runs load, for who waits for it: `emoji with blue, clip`."""
+    uses = [str(item.get("use")) for content in contents for item in content["plugins"]]
+    plugins = ", ".join(dict.fromkeys(uses))
+    return f"{model['model'] or 'emoji'}{' with ' * bool(plugins)}{plugins}"
+
+
+def load_model(model: Model) -> LatentDiffusion:
+    """See `pilotfish.load`."""
+    from ..models.loading import load
+
+    return load(**model)
 
 
 def read_prompts(file: str | None, content: Mapping[str, Any]) -> list[dict[str, str]]:

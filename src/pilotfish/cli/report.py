@@ -9,6 +9,7 @@ from typing import Any
 
 from ..sampling.sampler import Result
 from ..sampling.trace import Trace
+from .starting import seconds_since_start
 
 
 def latest_losses(trace: Trace) -> str:
@@ -23,7 +24,8 @@ def report(result: Result, files: list[Path], seconds: float) -> str:
     size = f"{result.run.width}x{result.run.height}"
     lines = [f"{path}  {size}, seed {result.run.seed + i}" for i, path in enumerate(files)]
     lines += [f"  {line}" for line in _guide_lines(result.trace)]
-    return "\n".join([*lines, f"{result.run.steps} steps in {seconds:.1f} s"])
+    took = f"{seconds:.1f} s, {seconds_since_start():.1f} s since the start"
+    return "\n".join([*lines, f"{result.run.steps} steps in {took}"])
 
 
 def _guide_lines(trace: Trace) -> Iterator[str]:
@@ -63,6 +65,7 @@ def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]
         "files": [str(path) for path in files],
         "seed": result.run.seed,
         "seconds": round(seconds, 3),
+        "seconds_since_start": round(seconds_since_start(), 3),
         "guides": guides,
         "remarks": trace.remarks,
         "run": tomllib.loads(result.run.to_toml()),
