@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,29 @@ def lean() -> Iterator[None]:
         _instead("scipy.integrate"),
         _instead("scipy.optimize", "linear_sum_assignment"),
         _instead("scipy.stats"),
+        _instead("kornia.geometry", "pyrup"),
+        _instead("kornia.geometry.transform", "build_laplacian_pyramid"),
+        _instead("onnxruntime"),
     ):
         yield
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In here torch says that it knows no other processes, unless this one is of several.
+
+    transformers then leaves out what divides networks among processes, as it does on builds of
+    torch without that part: a tenth of the time until the first step.
+    """
+    import torch.distributed
+
+    usual = torch.distributed.is_available
+    if "WORLD_SIZE" not in os.environ:
+        torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = usual
 
 
 def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
