@@ -77,7 +77,7 @@ def test_the_curve_falls_with_the_loss():
 def test_a_guide_that_failed_says_so_and_one_that_never_acted_is_no_row():
     trace = Trace([Record(0, 1.0, "torn", error="it <tore>")])
     page = Balanced(trace._repr_html_())
-    assert "failed at 1 steps: it <tore>" in page.texts
+    assert "failed at 1 step: it <tore>" in page.texts
     assert Balanced(Trace()._repr_html_()).texts == ["No guide acted."]
 
 
@@ -140,8 +140,8 @@ def test_a_trace_tells_shares_and_which_guides_pulled_against_each_other():
     assert trace.told() == [
         "blue: loss 0.5 -> 0.4 (2 steps), 30% of the moves",
         "clip: loss 2 -> 1 (2 steps), 70% of the moves",
-        "calm: loss 1 -> 1 (1 steps), 0% of the moves",
+        "calm: loss 1 -> 1 (1 step), 0% of the moves",
         "blue and clip pulled against each other: cosine -0.40 on average",
     ]
     assert trace.told()[-1] in Balanced(trace._repr_html_()).texts
-    assert Trace([record("blue", 0.5, 1.0)]).told() == ["blue: loss 0.5 -> 0.5 (1 steps)"]
+    assert Trace([record("blue", 0.5, 1.0)]).told() == ["blue: loss 0.5 -> 0.5 (1 step)"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling.sampler import Result
-from ..sampling.shown import leaked
+from ..sampling.shown import counted, leaked
 from ..sampling.trace import Trace
 from .starting import seconds_since_start
 
@@ -25,7 +25,7 @@ def report(result: Result, files: list[Path], seconds: float) -> str:
     lines = [f"{path}  {size}, seed {result.run.seed + i}" for i, path in enumerate(files)]
     lines += [f"  {line}" for line in result.trace.told()]
     took = f"{seconds:.1f} s, {seconds_since_start():.1f} s since the start"
-    return "\n".join([*lines, f"{result.run.steps} steps in {took}"])
+    return "\n".join([*lines, f"{counted(result.run.steps or 0)} in {took}"])
 
 
 def summary(result: Result, files: list[Path], seconds: float) -> dict[str, Any]:

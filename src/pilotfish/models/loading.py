@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import InputError, ModelError
 from ..hooks import registry
+from .hub import load_config
 from .places import check_offload, dtype_name, find_family, locate
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
@@ -49,7 +50,7 @@ def load(
                 checkpoint = Checkpoint.of(target)
                 index = checkpoint.index(source, **place)
             else:
-                index = diffusers.DiffusionPipeline.load_config(target, **place)
+                index = load_config(diffusers.DiffusionPipeline, target, **place)
             kind = index.get("_class_name", "") if isinstance(index, Mapping) else ""
             family = family_of(str(kind), f"model {name!r}")
             # diffusers must be told of what a model does without, such as the T5 of SD3.

@@ -17,11 +17,12 @@ def locate(model: str | Path | None) -> str:
     """A folder, file or hub id: the one given, or an installed model's folder (default: "emoji").
 
     Raises:
-        InputError: there is no such folder or file, it is no .safetensors file, or no model was
-            named and the one that ships is not installed.
+        InputError: there is no such folder, file or installed model, it is no .safetensors file, or
+            no model was named and the one that ships is not installed.
     """
     name = "emoji" if model is None else str(model)
-    if name in registry.installed(registry.MODEL_GROUP):
+    known = registry.installed(registry.MODEL_GROUP)
+    if name in known:
         entry = registry.find(name, registry.MODEL_GROUP)
         return str(registry.load_object(entry.target, f"model {name!r}"))
     if model is None:
@@ -34,6 +35,11 @@ def locate(model: str | Path | None) -> str:
         return locate_file(name)
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
+    if not place.is_dir() and "/" not in name:
+        raise InputError(
+            f"{unknown('model', name, known)}. A folder in the diffusers layout, one .safetensors "
+            "file, or a hub id, OWNER/NAME, does as well"
+        )
     return str(place) if place.is_dir() else name
 
 

@@ -37,11 +37,11 @@ def guide_lines(trace: Any) -> Iterator[str]:
             several = len(trace.plugins) > 1 and share is not None
             moved = f", {share:.0%} of the moves" if several else ""
             change = f"loss {values[0]:.4g} -> {values[-1]:.4g}"
-            yield f"{name}: {change} ({len(values)} steps){moved}{by_vae}"
+            yield f"{name}: {change} ({counted(len(values))}){moved}{by_vae}"
         if (outside := leaked(trace, name)) is not None:
             yield f"{name}: {outside:.1%} of the moves at its steps lie outside its mask"
         if failed:
-            yield f"{name}: failed at {len(failed)} steps, the first time: {failed[0].error}"
+            yield f"{name}: failed at {counted(len(failed))}, the first time: {failed[0].error}"
 
 
 def conflicts(trace: Any) -> Iterator[str]:
@@ -77,7 +77,7 @@ def result_html(result: Any) -> str:
     more = len(result.images) - MOST
     rest = f"<p>and {more} more</p>" if more > 0 else ""
     run = result.run
-    about = f"{_short(run.prompt, 200)!r}, seed {run.seed}, {run.steps} steps"
+    about = f"{_short(run.prompt, 200)!r}, seed {run.seed}, {counted(run.steps)}"
     return f"<div>{shown}{rest}<p>{escape(about)}</p>{trace_html(result.trace)}</div>"
 
 
@@ -146,7 +146,7 @@ def _row(trace: Any, name: str) -> tuple[str, ...]:
     own, values = trace.of(name), trace.losses(name)
     share = mean_share(trace, name)
     errors = [record.error for record in own if record.error]
-    told = f"failed at {len(errors)} steps: {errors[0]}" if errors else ""
+    told = f"failed at {counted(len(errors))}: {errors[0]}" if errors else ""
     return (
         escape(name),
         f"{values[0]:.4g} &rarr; {values[-1]:.4g}" if values else "",
@@ -169,6 +169,11 @@ def _curve(values: Sequence[float]) -> str:
     )
     line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
     return f'<svg width="{width}" height="{height}" role="img">{line}</svg>'
+
+
+def counted(steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def _picture(picture: Image.Image) -> str:
