@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("costs", "curves", "decoders", "handwritten", "timing")
+SCRIPTS = ("costs", "curves", "decoders", "handwritten", "startup", "timing")
 
 
 @pytest.fixture
@@ -74,3 +74,12 @@ def test_costs_are_counted_where_they_arise(script, monkeypatch, tmp_path):
     assert counted("`blue`") == (2, 1, 1)
     assert counted("`best-of`, 2 particles") == (4, 1, 1)
     assert counted("`controlnet`") == counted("`lora`") == (2, 1, 0)
+
+
+def test_the_page_on_start_up_shows_what_was_measured(script):
+    result = json.loads((BENCHMARKS / "results" / "startup.json").read_text())
+    startup = script("startup")
+    assert result["ratio"].keys() == startup.ROWS.keys()
+    assert startup.table(result) in (BENCHMARKS / "README.md").read_text()
+    ratios = [result["ratio"][name]["median"] for name in (startup.DIFFUSERS, startup.FIRST)]
+    assert ratios[1] < ratios[0]  # beside who loads the same model by hand

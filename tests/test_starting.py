@@ -23,7 +23,7 @@ COMMANDS = ["plugins", "show", "blue"], ["generate", "a cat", "--use", "blue", "
 
 def run(code, folder):
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300
     )
 
 
@@ -118,8 +118,8 @@ def test_after_a_lean_start_torch_compiles_and_scipy_computes(tmp_path):
     pytest.importorskip("pilotfish_emoji")
     code = (
         "import torch\n"
-        "from pilotfish.cli.starting import lean\n"
-        "with lean():\n"
+        "from pilotfish.cli.starting import alone, lean\n"
+        "with lean(), alone():\n"
         "    import pilotfish\n"
         "    sampler = pilotfish.load()\n"
         "sampler('a cat', steps=3, scheduler={'name': 'euler', 'use_beta_sigmas': True})\n"
