@@ -38,7 +38,7 @@ AXES: dict[str, tuple[tuple[int, ...], Callable[[int], dict[str, Any]]]] = {
     "guides": ((1, 2, 4, 8, 16), lambda n: {"plugins": [GUIDE] * n}),
     "images": ((1, 2, 4, 8), lambda n: {"num_images": n}),
     "steps": ((3, 6, 12, 24), lambda n: {"steps": n}),
-    "side in pixels": ((32, 64, 96, 128), lambda n: {"height": n, "width": n}),
+    "side in pixels": ((32, 64, 128, 192), lambda n: {"height": n, "width": n}),
     "particles": (
         (2, 4, 8, 16),
         lambda n: {"plugins": ["blue:gradient=none", f"feynman-kac:particles={n}"]},
