@@ -67,7 +67,7 @@ PLAIN = (  # the others, which say something by their defaults
 )
 SEARCHES = ("best-of", "das", "feynman-kac", "svdd")
 PROMPTS = {"concept": "a <ink> of a puppy", "weights": "a puppy and a skunk++"}
-OPTIONS = {"steps": 2, "seed": 5, "embed_inputs": True}
+OPTIONS = {"steps": 2, "seed": 5, "height": 32, "width": 32, "embed_inputs": True}
 
 
 def runs() -> dict[str, dict[str, Any]]:
@@ -82,9 +82,8 @@ def runs() -> dict[str, dict[str, Any]]:
         prompt = PROMPTS.get(name, "a puppy and a skunk")
         found[name] = {"prompt": prompt, "plugins": plugins, **OPTIONS, **more}
     for family in families():
-        more = {"height": 32, "width": 32}
-        if family == "z-image":
-            more["max_sequence_length"] = 60  # its random network takes no more
+        # Whose random network takes no more tokens.
+        more = {"max_sequence_length": 60} if family == "z-image" else {}
         asked = {"prompt": "a red cat", "plugins": [{"use": "blue"}], **OPTIONS, **more}
         found[f"family-{family}"] = asked
     return found
@@ -127,7 +126,7 @@ def close(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def write_inputs(folder: Path) -> None:
     """The files that runs name: a picture, a learned word, a LoRA."""
-    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(folder / "grey.png")
+    Image.linear_gradient("L").convert("RGB").resize((32, 32)).save(folder / "grey.png")
     model = sampler("emoji").model
     width = model.text_encoders[0].width
     save_file({"<ink>": torch.linspace(-0.1, 0.1, width)}, folder / "ink.safetensors")
