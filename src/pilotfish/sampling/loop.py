@@ -158,7 +158,7 @@ class Sampling:
         with torch.set_grad_enabled(through):
             if through:
                 state.latents = state.latents.detach().requires_grad_()
-            cond, uncond = self._network(state)
+            cond, uncond = self.network.both(state, self.schedule.scaled)
             state.output = self._combine(state, cond, uncond)
             if guides or self.stack.calls["on_predicted_x0"]:
                 state.x0 = self._chain("on_predicted_x0", state, state.arguments("x0"), state.x0)
@@ -224,17 +224,6 @@ class Sampling:
         latents, first = answer
         self.schedule.begin_at(first)
         return latents, first
-
-    def _network(self, state: StepState) -> tuple[Tensor, Tensor | None]:
-        """The prediction for the prompt, and for the negative prompt, in one call or in two."""
-        latents, count = state.latents, len(state.latents)
-        outputs: list[Tensor] = []
-        for told in state.calls:
-            times = len(told["values"]) // count
-            scaled = self.schedule.scaled(torch.cat([latents] * times), state.timestep)
-            outputs += reversed(torch.split(self.network(state, scaled, told), count))
-        cond, *uncond = outputs  # (B, C, H, W) each
-        return cond, uncond[0] if uncond else None
 
     def _further_prediction(
         self, state: StepState, plugin: str, conditioning: Any, patch: Any, offset: Tensor | None

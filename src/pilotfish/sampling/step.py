@@ -43,6 +43,7 @@ class StepState:
         direction: where they turn the step's noise, under the rule "sphere".
         renewed: the part of the next level's noise that is drawn anew, of its variance.
         losses: see `Step.losses`.
+        further: see `Step.further_prediction`, by the plugin's name.
     """
 
     run: Run
@@ -64,6 +65,7 @@ class StepState:
     direction: Tensor | None = None
     renewed: float = 0.0
     losses: dict[str, Tensor] = field(default_factory=dict)
+    further: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
     _x0: Tensor | None = None
     _views: dict[str, Tensor] = field(default_factory=dict)
@@ -240,7 +242,7 @@ class Step:
 
     @property
     def network_latents(self) -> Tensor:
-        """What the network gets at its present call, scaled: (N, C, H, W), N is B or 2B.
+        """What the network gets at its present call, scaled: (N, C, H, W), N is B or more.
 
         Known in `network_inputs` and `around_network`.
         """
@@ -258,6 +260,20 @@ class Step:
         if self._state.call is None:
             raise PilotfishError(f"step.{name} is known only when the network is called")
         return self._state.call
+
+    @property
+    def further_prediction(self) -> Tensor:
+        """The one that this plugin's hook `further_prediction` asked for: (B, C, H, W).
+
+        Differentiable where this step's gradient goes through the network.
+        """
+        if self._plugin not in self._state.further:
+            raise PilotfishError(
+                f"plugin {self._plugin!r}: step.further_prediction is known after the network's "
+                "call, and only to a plugin whose hook further_prediction asked for one at this "
+                "step; step.predict() makes one at once"
+            )
+        return self._state.further[self._plugin]
 
     def predict(
         self,
