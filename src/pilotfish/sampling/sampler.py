@@ -151,7 +151,8 @@ class Sampler:
         Args:
             plugins: in order; instances, strings `"blue:scale=2,every=5"`, mappings
                 `{"use": "blue", "scale": 2}`, or functions of a step: losses.
-            options: see `pilotfish.Run`.
+            options: see `pilotfish.Run`. With `made_with`, as `Run.read` gives it, what differs
+                from what the picture was made with is refused; `anyway=True` lets it go on.
 
         Raises:
             InputError: a value or name is wrong; nothing has run then.
@@ -195,7 +196,7 @@ class Sampler:
             InputError, PluginError: as `__call__`.
         """
         usual = {"preset": KEYS["preset"].default, "decoder": "vae", "on_error": "raise"}
-        run = result.run.model_copy(update=usual)
+        run = result.run.model_copy(update={**usual, "made_with": None})
         sampling = Sampling(self.model, run, Stack(plugins), measuring=True)
         trace = sampling.judge(result.latents)
         if failed := next((record for record in trace if record.error), None):
@@ -208,5 +209,5 @@ class Sampler:
         Everything is checked before the first step is asked for. Arguments as in `__call__`.
         """
         check_keywords(options)
-        stack = Stack(plugins)
-        return Stream(Sampling(self.model, Run(prompt=prompt, **options), stack))
+        run = Run(prompt=prompt, **options)
+        return Stream(Sampling(self.model, run, Stack(run.prepared(plugins))))
