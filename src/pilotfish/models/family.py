@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32, draw
-from . import decoders, schedulers
+from . import decoders, places, schedulers
 from .checkpointing import checkpoint_layers
 from .copies import float32, has_hooks, offload_hook, own_copy
 from .fingerprint import Fingerprint
@@ -277,7 +277,7 @@ class PipelineFamily:
         kind, _, place = name.partition(":")
         if kind != "tiny":
             return self.decode if kind == "vae" else self._enlarged_rgb
-        target = decoders.locate_tiny(place, self.folder)
+        target = places.locate_tiny(place, self.folder)
         if target not in self._made:
             tiny = decoders.load_tiny(target, self._channels, self.factor, self.dtype)
             self._made[target] = tiny.to(self.device)
