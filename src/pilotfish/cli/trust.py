@@ -102,8 +102,11 @@ def offline(origin: str) -> Iterator[None]:
     asked: list[str] = []
     _watched.append(asked)
     try:
-        yield
+        with _hub_offline():
+            yield
     except Exception as error:
+        if "OfflineModeIsEnabled" in {type(e).__name__ for e in _causes(error)}:
+            asked.append("the Hugging Face hub")
         if asked:
             raise InputError(_refusal(origin, asked)) from error
         raise
@@ -111,6 +114,25 @@ def offline(origin: str) -> Iterator[None]:
         _watched.remove(asked)
     if asked:
         warnings.warn(f"{_refusal(origin, asked)}. It went on without", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Its client, which would try what is refused again for most of a minute, does not try."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @functools.cache
