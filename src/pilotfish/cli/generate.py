@@ -207,8 +207,8 @@ def build(content: Mapping[str, Any]) -> tuple[Stack, Run]:
     from ..hooks.stack import Stack
     from ..runs.run import Run
 
-    stack = Stack(content["plugins"])
-    return stack, Run(**{key: value for key, value in content.items() if key != "plugins"})
+    run = Run(**{key: value for key, value in content.items() if key != "plugins"})
+    return Stack(run.prepared(content["plugins"])), run
 
 
 def explain(stack: Stack, run: Run, model: Model) -> tuple[str, dict[str, Any]]:

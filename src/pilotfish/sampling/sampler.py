@@ -152,7 +152,9 @@ class Sampler:
         Args:
             plugins: in order; instances, strings `"blue:scale=2,every=5"`, mappings
                 `{"use": "blue", "scale": 2}`, or functions of a step: losses.
-            options: see `pilotfish.Run`; `show=True` as in `stream`.
+            options: see `pilotfish.Run`. With `made_with`, as `Run.read` gives it, what differs
+                from what the picture was made with is refused; `anyway=True` lets it go on.
+                `show=True` as in `stream`.
 
         Raises:
             InputError: a value or name is wrong; nothing has run then.
@@ -196,7 +198,7 @@ class Sampler:
             InputError, PluginError: as `__call__`.
         """
         usual = {"preset": KEYS["preset"].default, "decoder": "vae", "on_error": "raise"}
-        run = result.run.model_copy(update=usual)
+        run = result.run.model_copy(update={**usual, "made_with": None})
         sampling = Sampling(self.model, run, Stack(plugins), measuring=True)
         trace = sampling.judge(result.latents)
         if failed := next((record for record in trace if record.error), None):
@@ -220,8 +222,8 @@ class Sampler:
                 of the colours: no decode. Anywhere else nothing.
         """
         check_keywords(options)
-        sampling = Sampling(self.model, Run(prompt=prompt, **options), Stack(plugins))
-        return Stream(sampling, show=show)
+        run = Run(prompt=prompt, **options)
+        return Stream(Sampling(self.model, run, Stack(run.prepared(plugins))), show=show)
 
 
 def _showing(sampling: Sampling) -> Generator[Step]:
