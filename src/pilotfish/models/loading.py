@@ -18,7 +18,7 @@ from .places import check_offload, dtype_name, find_family, locate
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
 from .single_file import Checkpoint
-from .weights import check_index, load_networks
+from .weights import broken_file, check_index, load_networks
 
 import transformers  # isort: skip  # after torchvision is mended
 
@@ -88,7 +88,12 @@ def _of_folder(
         folder = Path(kind.download(target, **options))
     check_index(folder, index, options)
     parts = load_networks(folder, index, dtype, options)
-    return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
+    try:
+        return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
+    except Exception as error:
+        if (file := broken_file(folder)) is None:
+            raise
+        raise ModelError(f"the {file.parent.name} cannot be read: {file} is no JSON") from error
 
 
 def adapt(pipeline: Any, id: str | None = None, offload: str | None = None) -> LatentDiffusion:

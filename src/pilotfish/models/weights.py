@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -47,6 +48,16 @@ def check_index(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any]
             raise ModelError(
                 f"the {name} is missing: {place} has none of {', '.join(WORDS)}; get it again"
             )
+
+
+def broken_file(folder: Path) -> Path | None:
+    """The first file of a part that ends in .json and is none."""
+    for file in sorted(folder.glob("*/*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return file
+    return None
 
 
 def load_networks(
