@@ -200,6 +200,7 @@ class Stops(Plugin):
 """
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # of a picture without fingerprints
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["generate", "replay", "grid"])
 def test_a_signal_while_a_plugin_works_ends_every_command_by_its_own_code(model, command, number):
