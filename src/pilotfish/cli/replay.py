@@ -70,15 +70,9 @@ def checked(text: str, origin: str, model: str | None, trusted: bool) -> dict[st
     Raises:
         InputError: the run asks for what is not installed here under a name, and is not trusted.
     """
-    from ..runs.run import Run
-    from .changes import table
-    from .trust import asks
+    from .trust import foreign_run
 
-    content = Run.parse(text, origin)
-    content["plugins"] = [table(item) for item in content["plugins"]]
-    if model:
-        content = {**content, "model": None, "config": None}
-    asked = [*asks(content)]
+    content, asked = foreign_run(text, origin, **({"model": None, "config": None} if model else {}))
     if asked and not trusted:
         raise InputError(
             f"{origin} asks for what pilotfish does for nobody unasked: {'; '.join(asked)}. Read "
