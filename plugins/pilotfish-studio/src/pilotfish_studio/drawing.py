@@ -13,7 +13,7 @@ from PIL import Image
 
 from pilotfish import PilotfishError, value_text
 
-from .stack import Item, strengths
+from .stack import Item, strengths, unlike_default
 from .work import Done, Event, Failed, Job, Loading, Stopped, Taken, Waiting
 
 SIDE = 512  # pixels of a live picture's longer side, at most
@@ -123,15 +123,19 @@ def stack_rows(items: Iterable[Item], selected: int | None) -> str:
 def _row(item: Item, selected: bool) -> str:
     name = escape(item.name or item.use)
     classes = " ".join(["item", *(["selected"] * selected), *(["off"] * (not item.on))])
-    given = ", ".join(f"{key} {value_text(value)}" for key, value in item.settings.items())
+    try:
+        given, strength = unlike_default(item), _strength(item)
+    except PilotfishError as error:
+        wrong = f'<span class="wrong" title="{escape(str(error))}">!</span>'
+        given, strength = item.settings, wrong
+    summary = ", ".join(f"{key} {value_text(value)}" for key, value in given.items())
     return (
         f'<li class="{classes}" draggable="true" data-key="{item.key}">'
         f'<span class="grip" aria-hidden="true">⠿</span>'
         f'<button data-do="switch" role="switch" aria-checked="{str(item.on).lower()}" '
         f'aria-label="{name} on"></button>'
-        f'<button class="name" data-do="select"><b>{name}</b>'
-        f"<small>{escape(given)}</small></button>"
-        f"{_strength(item)}"
+        f'<button class="name" data-do="select" aria-label="{name}, its form"><b>{name}</b>'
+        f"<small>{escape(summary)}</small></button>{strength}"
         f'<button data-do="up" aria-label="move {name} up">↑</button>'
         f'<button data-do="down" aria-label="move {name} down">↓</button>'
         f'<button data-do="remove" aria-label="remove {name}">✕</button></li>'
@@ -139,11 +143,8 @@ def _row(item: Item, selected: bool) -> str:
 
 
 def _strength(item: Item) -> str:
-    """A guide's scale over the run; where it cannot be told, nothing."""
-    try:
-        values = strengths(item)
-    except PilotfishError:
-        return '<span class="wrong" title="its settings are wrong">!</span>'
+    """A guide's scale over the run, where it has one."""
+    values = strengths(item)
     return line(values, 56, 22, zero=True) if values else "<span></span>"
 
 

@@ -105,7 +105,9 @@ def shown(field: Field, value: Any) -> Any:
         return field.default if value is None else value
     if value is None:
         return ""
-    return str(value) if field.kind in ("raw", "choice", "number") else value_text(value)
+    # Text that --use would take for another thing needs its quotes.
+    plain = isinstance(value, str) and value[:1] not in ("'", '"', "[", "{")
+    return str(value) if plain or field.kind in ("raw", "choice", "number") else value_text(value)
 
 
 def given(field: Field, entered: Any) -> Any:

@@ -37,6 +37,7 @@ from .parts import (
 from .sheet import Page
 from .work import Done, Job, Studio, Waiting
 
+HEAD = "<h1>pilotfish studio{}</h1>"
 EMPTY = '<p class="empty">The picture appears here, step by step.</p>'
 STACK_JS = Path(__file__).with_name("stack.js").read_text(encoding="utf-8")
 
@@ -62,7 +63,7 @@ class Layout:
         self.page, self.version, self.loads = gr.State(Page()), gr.State(0), gr.State(0)
         self.fields = run_fields()
         self.values: dict[str, Any] = {}
-        gr.HTML("<h1>pilotfish studio</h1>", elem_id="head")
+        self.head = gr.HTML(HEAD.format(""), elem_id="head")
         with gr.Tabs(selected="make") as self.tabs:
             with gr.Tab("Make", id="make"):
                 self._bar()
@@ -71,7 +72,7 @@ class Layout:
                         self._stage()
                     with gr.Column(scale=5, min_width=320):
                         self._plugins()
-                        self._settings()
+                        self._settings(demo)
                         self._copies()
             with gr.Tab("Gallery", id="gallery"):
                 self.gallery = gallery_tab(studio.folder)
@@ -137,7 +138,7 @@ class Layout:
 
         part.change(change, [self.page, part], self.stack, **QUIET)
 
-    def _settings(self) -> None:
+    def _settings(self, demo: gr.Blocks) -> None:
         fields = self.fields
         with gr.Row():
             for key, least in (("steps", 90), ("guidance_scale", 110), ("seed", 110)):
@@ -159,17 +160,18 @@ class Layout:
 
             @gr.render(  # type: ignore[untyped-decorator]
                 inputs=[self.page, self.values["preset"]],
-                triggers=[self.values["preset"].change, self.loads.change],
+                triggers=[self.values["preset"].change, self.loads.change, demo.load],
                 show_progress="hidden",
             )
             def knobs(page: Page, preset: str) -> None:
-                for knob, value in knob_fields(preset, page.knobs):
-                    self._knob(knob, component(knob, value, elem_id=f"knob-{knob.name}"), preset)
+                with gr.Row(elem_classes="fields"):
+                    for knob, value in knob_fields(preset, page.knobs):
+                        part = component(knob, value, elem_id=f"knob-{knob.name}", min_width=200)
+                        self._knob(knob, part, preset)
 
-        with gr.Accordion("More", open=False):
-            for key in ("negative_prompt", *[k for k in fields if k not in self.values]):
-                if key not in self.values:
-                    self.values[key] = component(fields[key], elem_id=f"run-{key}")
+        with gr.Accordion("More", open=False), gr.Row(elem_classes="fields"):
+            for key in [key for key in fields if key not in self.values]:
+                self.values[key] = component(fields[key], elem_id=f"run-{key}", min_width=200)
 
     def _knob(self, knob: Field, part: Any, preset: str) -> None:
         usual = getattr(PRESETS[preset], knob.name)
@@ -203,6 +205,8 @@ class Layout:
         self._runs(functools.partial(gr.on, buttons), trigger_mode="multiple")
         self.stop.click(self._stop, None, None, **QUIET)
         demo.unload(self._stop)
+        about = f"<small>pictures go to {escape(str(self.studio.folder))}</small>"
+        demo.load(lambda: HEAD.format(about), None, self.head, **HIDDEN)
         self.add.input(
             self._add, [self.page, self.version, self.add],
             [self.stack, self.version, self.add, self.compare], **HIDDEN,

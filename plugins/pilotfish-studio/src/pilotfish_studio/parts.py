@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -97,7 +98,12 @@ def families() -> str:
 def run_fields() -> dict[str, Field]:
     """The keys of a run that a page shows."""
     keys = [key for key in (*FIRST, *MORE) if key != "preset"]
-    return {key: field_of(key, Run.model_fields[key]) for key in keys}
+    fields = {key: field_of(key, Run.model_fields[key]) for key in keys}
+    # A prompt is text as it stands, whatever brackets it has.
+    raw = {
+        key: dataclasses.replace(fields[key], kind="raw") for key in ("prompt", "negative_prompt")
+    }
+    return fields | raw
 
 
 def knob_fields(preset: str, given: Mapping[str, Any]) -> list[tuple[Field, Any]]:

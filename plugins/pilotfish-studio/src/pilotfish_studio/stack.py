@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pilotfish import Guide, InputError, Plugin, load_class, make_plugin, strength_at
+from pilotfish import Guide, InputError, Plugin, load_class, make_plugin, strength_at, value_text
 
-from .forms import Field, given
+from .forms import Field, fields_of, given
 
 _keys = itertools.count(1)
 
@@ -97,6 +97,17 @@ def normal(table: dict[str, Any]) -> dict[str, Any]:
     settings = plugin.settings.model_dump(mode="json", exclude_unset=True)
     kept = {key: table[key] for key in ("use", "name") if key in table}
     return {**kept, **{key: value for key, value in settings.items() if value is not None}}
+
+
+def unlike_default(item: Item) -> dict[str, Any]:
+    """Of a plugin's settings, those that are not what they would be anyway.
+
+    Raises:
+        PilotfishError: there is no such plugin.
+    """
+    own, shared = fields_of(load_class(item.use))
+    usual = {field.name: value_text(field.default) for field in [*own, *shared]}
+    return {k: v for k, v in item.settings.items() if value_text(v) != usual.get(k)}
 
 
 def strengths(item: Item, points: int = 49) -> list[float]:
