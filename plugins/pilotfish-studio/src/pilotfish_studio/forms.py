@@ -119,10 +119,16 @@ def given(field: Field, entered: Any) -> Any:
     if entered is None or entered == "":
         return None
     if field.kind in ("curve", "text"):
-        return parse_value(str(entered).strip())
+        value = parse_value(str(entered).strip())
+        return _numbers(value) if field.kind == "curve" else value
     if field.kind in ("number", "slider"):
         return _as_number(entered, field.whole)
     return entered
+
+
+def _numbers(value: Any) -> Any:
+    """A curve with numbers where texts were."""
+    return [_numbers(v) for v in value] if isinstance(value, list) else _as_number(value, True)
 
 
 def _as_number(entered: Any, whole: bool) -> Any:

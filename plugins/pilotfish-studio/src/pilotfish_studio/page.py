@@ -108,7 +108,7 @@ class Layout:
             )
             self.film = gr.Checkbox(label="Film", info="also as a GIF", scale=1, min_width=90)
         self.dropped = gr.File(
-            label="Drop a picture to load its run", file_types=[*ENDINGS], height=110,
+            label="Drop a picture to load its run", file_types=[*ENDINGS], height=140,
             elem_id="drop",
         )  # fmt: skip
 
@@ -143,7 +143,11 @@ class Layout:
         with gr.Row():
             for key, least in (("steps", 90), ("guidance_scale", 110), ("seed", 110)):
                 self.values[key] = component(
-                    fields[key], min_width=least, info=None, elem_id=f"run-{key}"
+                    fields[key],
+                    min_width=least,
+                    info=None,
+                    label=key.split("_")[0],
+                    elem_id=f"run-{key}",
                 )
         with gr.Accordion("Model", open=False):
             self.values["model"] = gr.Dropdown(
