@@ -20,8 +20,9 @@ WIDTH = 80
 HEAD = """\
 # Command line
 
-What `--help` says of each command. This page is written by `docs/make_commands.py`; change the
-commands.
+<!-- Written by docs/make_commands.py; change the commands. -->
+
+What `--help` says of each command.
 
 Results go to standard output, progress and warnings to standard error. The exit code is 0 where all
 went well, 1 where pilotfish refused or a check failed, 2 where the command line itself was wrong,

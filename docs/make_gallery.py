@@ -31,11 +31,11 @@ ORDER = {
 HEAD = """\
 # Gallery
 
+<!-- Written by docs/make_gallery.py from the examples; change it there. -->
+
 How a latent diffusion model works, and where plugins take hold of it: one idea, one picture, one
 short program each. All run on the emoji model that ships, or on one that is named behind them:
-`python examples/blue.py FOLDER_OR_HUB_ID`. `make gallery` makes the pictures again.
-
-This page is written by `docs/make_gallery.py` from the examples; change it there."""
+`python examples/blue.py FOLDER_OR_HUB_ID`. In a checkout `make gallery` makes them all again."""
 
 
 def page() -> str:

@@ -18,9 +18,10 @@ FILE = Path(__file__).with_name("hooks.md")
 HEAD = """\
 # The hooks
 
-What a plugin may do, hook by hook. This page is written by `docs/make_hooks.py` from
-[specs.py](../src/pilotfish/hooks/specs.py); change it there. [Write a plugin](plugins.md) is the
-way in. In a class each hook is a method, with `self` before the arguments shown here.
+<!-- Written by docs/make_hooks.py from src/pilotfish/hooks/specs.py; change it there. -->
+
+What a plugin may do, hook by hook. [Write a plugin](plugins.md) is the way in. In a class each hook
+is a method, with `self` before the arguments shown here.
 """
 
 
@@ -38,11 +39,12 @@ def page() -> str:
         "`step.network_latents` and `step.conditioning`. A further call is the plugin's own:",
         signature("step.predict", Step.predict),
         *contract(inspect.getdoc(Step.predict) or ""),
-        "`network_inputs` and `around_network` are asked at this call too, which has B images, and "
-        "not 2B.",
+        "`network_inputs` and `around_network` are asked at this call too, which has B images "
+        "alone.",
         "A `Conditioning` is what the network is told of a prompt, by name, batch first; nobody "
         "changes it. Under classifier-free guidance `step.conditioning` has 2B images, the "
-        "negative prompt's half first; what `step.predict` is given has B, or 1 for all of them.",
+        "negative prompt's half first, and B more with each further prediction; what "
+        "`step.predict` is given has B, or 1 for all of them.",
         meanings(*fields("", Conditioning), *members("", Conditioning)),
         "## What a start shows",
         *paragraphs(inspect.getdoc(Start) or "")[:1],

@@ -100,6 +100,8 @@ def predict() -> list[str]:
         flow("M778 280H789"),
         back("M800 297V338H404V328"),
         hook(410, 228, "network_inputs"),
+        flow("M500 228 457 257"),
+        hook(566, 228, "further_prediction"),
         around(404, 257, 326, "around_network"),
         box(404, 280, "UNet", 76),
         hook(560, 280, "combine_predictions"),

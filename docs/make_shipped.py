@@ -97,10 +97,12 @@ PAIRS = {
 HEAD = """\
 # The plugins that ship
 
+<!-- Written by docs/make_shipped.py from the plugins; change it there. -->
+
 Each package is installed by itself, and its page says what its plugins take and what was measured
 with them. `pilotfish plugins list` tells what is installed, `pilotfish plugins show NAME` what a
 plugin takes. Plugins stand here under the headings that `plugins list` has, with what each does to
-a picture. This page is written by `docs/make_shipped.py` from the plugins; change it there.
+a picture.
 """
 
 GUIDES = """\

@@ -167,7 +167,7 @@ def test_json_is_all_there_is_on_stdout(model: str) -> None:
 
 def test_a_tolerated_failure_is_told(model: str) -> None:
     done = generate(model, "--use", "./my_loss.py:Torn", "--on-error", "disable")
-    assert "Torn: failed at 1 steps, the first time: plugin 'Torn'" in done.stdout
+    assert "Torn: failed at 1 step, the first time: plugin 'Torn'" in done.stdout
 
 
 def test_a_saved_run_gives_the_identical_picture(model: str) -> None:

@@ -31,9 +31,14 @@ def blocks(page, kind):
     return [m.groupdict() for m in BLOCK.finditer(PAGES[page]) if m["kind"] == kind]
 
 
+def joined(text):
+    """With each command on one line."""
+    return text.replace("\\\n", "")
+
+
 def answers(page):
     """Each command of the page with its answer, in order."""
-    text = "\n".join(block["text"] for block in blocks(page, "console"))
+    text = joined("\n".join(block["text"] for block in blocks(page, "console")))
     parts = re.split(r"^\$ (.*)\n", text, flags=re.M)[1:]
     return list(zip(parts[::2], (answer.strip() for answer in parts[1::2]), strict=True))
 
@@ -92,7 +97,7 @@ def test_every_python_block_of_a_page_runs_after_those_above_it(workplace, monke
 
 
 def commands(page):
-    return [line for block in blocks(page, "bash") for line in block["text"].splitlines()]
+    return [line for block in blocks(page, "bash") for line in joined(block["text"]).splitlines()]
 
 
 @pytest.mark.parametrize("command", commands("questions"))

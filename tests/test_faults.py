@@ -128,8 +128,19 @@ def test_a_network_that_gives_nan_is_told_apart_from_a_guide(pipeline, monkeypat
         return (original(*args, **kwargs)[0] * float("nan"),)
 
     monkeypatch.setattr(pipeline.unet, "forward", broken)
-    with pytest.raises(NonFiniteError, match=r"after step 0 of 4 .*No guide acted"):
+    with pytest.raises(
+        NonFiniteError, match=r"after step 0 of 4 .*No guide acted.*own output is not"
+    ):
         Sampler.from_pipeline(pipeline)("a cat", steps=4, seed=0)
+
+
+def test_a_plugin_that_may_have_made_nan_is_named_where_no_guide_acted(sampler):
+    class Blows(Plugin):
+        def on_predicted_x0(self, x0, step):
+            return x0 * float("inf")
+
+    with pytest.raises(NonFiniteError, match=r"No guide acted: .* or what comes from .* of 'Blows' is"):
+        sampler("a cat", plugins=[Blows()], steps=4, seed=0)
 
 
 def test_a_picture_that_is_not_finite_is_decoded_once_more_in_float32():
@@ -191,7 +202,7 @@ def test_changing_latents_in_place_is_refused(sampler):
         def before_step(self, step):
             step.latents.mul_(2)
 
-    with pytest.raises(PluginError, match="changed its input in place"):
+    with pytest.raises(PluginError, match="changed step.latents in place"):
         sampler("a cat", plugins=[InPlace()], steps=2, seed=0)
 
 
@@ -296,7 +307,10 @@ def test_x0_before_the_network_has_run_says_so(sampler):
         def before_step(self, step):
             return step.x0
 
-    with pytest.raises(pilotfish.PilotfishError, match="known only after the network has run"):
+    named = (
+        r"plugin 'Early': before_step\(\): .*known only after the network has run; .*\(at step 0"
+    )
+    with pytest.raises(pilotfish.PilotfishError, match=named):
         sampler("a cat", plugins=[Early()], steps=2)
 
 

@@ -6,6 +6,7 @@ The references are the networks that were saved.
 import json
 import re
 import shutil
+import socket
 
 import diffusers
 import pytest
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pilotfish
-from pilotfish import ModelError, Sampler
+from pilotfish import InputError, ModelError, Sampler
 from pilotfish.testing.random_models import families, random_pipeline
 
 FAMILIES = sorted(families())
@@ -226,3 +227,32 @@ def test_a_model_of_the_hubs_cache_is_loaded_and_checked_without_a_network(
     sampler = pilotfish.load("somebody/tiny", cache_dir=tmp_path)
     assert_same_weights(sampler, pipeline)
     assert (sampler.model.id, sampler.model.folder) == ("somebody/tiny", snapshot)
+
+
+def test_a_name_that_nothing_has_is_told_at_once_with_the_models_that_there_are(monkeypatch):
+    monkeypatch.setattr("socket.getaddrinfo", None)  # the network is not even tried
+    with pytest.raises(InputError, match=r"no model called 'emojy'. Did you mean 'emoji'\?.*OWNER"):
+        pilotfish.load("emojy")
+
+
+def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch, saved):
+    asked = []
+
+    def no_network(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no such host")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    for key in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(key, raising=False)
+        monkeypatch.delenv(key.lower(), raising=False)
+    where = (
+        "nobody/nothing is no folder here, nor in the hub's cache, and the hub does not .*such host"
+    )
+    with pytest.raises(ModelError, match=f"cannot load the model 'nobody/nothing': {where}"):
+        pilotfish.load("nobody/nothing", cache_dir=tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = Sampler.from_pipeline(saved()[0]).model
+    with pytest.raises(ModelError, match=f"AutoencoderTiny from 'nobody/nothing': {where}"):
+        model.decoder("tiny:nobody/nothing")
+    assert len(asked) == 2

@@ -215,7 +215,9 @@ def test_system_exit_in_a_hook_is_a_plugins_error(sampler):
         def before_step(self, step):
             raise SystemExit(3)
 
-    with pytest.raises(PluginError, match=r"'Exits'.*before_step\(\) raised SystemExit: 3 at step"):
+    with pytest.raises(
+        PluginError, match=r"'Exits'.*before_step\(\) raised SystemExit: 3 \(at step"
+    ):
         sampler("a", plugins=[Exits()], steps=1)
 
 
@@ -275,12 +277,12 @@ def test_a_loss_that_is_wrong_in_the_middle_of_a_run_is_named_with_its_step(samp
         (
             "before_step",
             lambda step: setattr(step, "latents", step.latents),
-            "has no setter (a step is read-only; a hook returns what it changes) at step 0",
+            "has no setter; a step is read-only; a hook returns what it changes (at step 0 of 1",
         ),
         (
             "loss_guidance",
             lambda step: step.image.numpy().mean(),
-            "instead (a loss is made of torch operations; what needs NumPy takes",
+            "instead; a loss is made of torch operations; what needs NumPy takes",
         ),
         (
             "loss_guidance",

@@ -7,25 +7,30 @@ import pytest
 import torch
 from torch import nn
 
-from pilotfish import Guide, Plugin, PluginError, Sampler, Setting
+from pilotfish import Guide, PilotfishError, Plugin, PluginError, Sampler, Setting
 from pilotfish.testing import random_pipeline
 
 
 @contextlib.contextmanager
-def identity_attention(unet):
+def identity_attention(unet, images=slice(None)):
     """Self-attention that looks at nothing but each token itself: perturbed attention."""
     modules = [m for name, m in unet.named_modules() if name.endswith("attn1")]
     before = [module.processor for module in modules]
     for module in modules:
-        module.processor = Identity()
+        module.processor = Identity(module.processor, images)
     yield
     for module, processor in zip(modules, before, strict=True):
         module.processor = processor
 
 
 class Identity:
+    def __init__(self, own, images):
+        self.own, self.images = own, images
+
     def __call__(self, attn, hidden_states, *args, **kwargs):
-        return attn.to_out[0](attn.to_v(hidden_states))
+        answer = self.own(attn, hidden_states, *args, **kwargs).clone()
+        answer[self.images] = attn.to_out[0](attn.to_v(hidden_states[self.images]))
+        return answer
 
 
 class Pag(Plugin):
@@ -72,6 +77,58 @@ def test_perturbed_attention_equals_the_pipeline_of_diffusers():
     assert torch.equal(
         off.latents, Sampler.from_pipeline(random_pipeline())("a red cat", **run).latents
     )
+
+
+class Further(Pag):
+    """The same, in one batch with the other predictions."""
+
+    def further_prediction(self, step):
+        return lambda images: identity_attention(step.run.model.denoiser, images)
+
+    def combine_predictions(self, prediction, cond, step):
+        return prediction + self.settings.scale * (cond - step.further_prediction)
+
+
+def test_a_further_prediction_is_what_a_call_of_its_own_gives():
+    sampler = Sampler.from_pipeline(random_pipeline().to(torch.float64))
+    run = {"steps": 2, "seed": 1, "num_images": 2}
+    for others in ([], [Red(gradient="latents", scale=3)]):
+        apart, joined = (
+            sampler("a red cat", plugins=[plugin, *others], **run).latents
+            for plugin in (Pag(), Further())
+        )
+        torch.testing.assert_close(joined, apart, rtol=1e-6, atol=1e-6)
+
+
+def test_each_plugin_finds_its_own_further_prediction():
+    sampler = Sampler.from_pipeline(random_pipeline())
+    run = {"steps": 2, "seed": 1}
+    once = sampler("a red cat", plugins=[Further(scale=2)], **run).latents
+    twice = sampler("a red cat", plugins=[Further(), Further(scale=0), Quiet()], **run).latents
+    # Another size of batch, in which convolutions sum in another order.
+    torch.testing.assert_close(twice, once, rtol=1e-4, atol=1e-4)
+
+
+class Quiet(Further):
+    """Asks for one, without a change, and adds what it should not differ by."""
+
+    def further_prediction(self, step):
+        return lambda images: contextlib.nullcontext()
+
+
+def test_a_further_prediction_that_was_not_asked_for_is_refused_by_name(sampler):
+    class Greedy(Further):
+        def further_prediction(self, step):
+            return None
+
+    class Wrong(Further):
+        def further_prediction(self, step):
+            return torch.zeros(1)
+
+    with pytest.raises(PilotfishError, match="'Greedy'.*further_prediction is known after"):
+        sampler("a", plugins=[Further(), Greedy()], steps=1)
+    with pytest.raises(PluginError, match="'Wrong': further_prediction.* function of a slice"):
+        sampler("a", plugins=[Wrong()], steps=1)
 
 
 class Control(Plugin):

@@ -50,7 +50,9 @@ def test_every_python_block_runs_after_those_above_it(workplace):
 
 
 def commands():
-    return [line for b in blocks("bash") for line in b["text"].splitlines() if line]
+    return [
+        line for b in blocks("bash") for line in b["text"].replace("\\\n", "").splitlines() if line
+    ]
 
 
 @pytest.mark.parametrize("command", commands())

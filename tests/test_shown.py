@@ -75,7 +75,7 @@ def test_the_curve_falls_with_the_loss():
 def test_a_guide_that_failed_says_so_and_one_that_never_acted_is_no_row():
     trace = Trace([Record(0, 1.0, "torn", error="it <tore>")])
     page = Balanced(trace._repr_html_())
-    assert "failed at 1 steps: it <tore>" in page.texts
+    assert "failed at 1 step: it <tore>" in page.texts
     assert Balanced(Trace()._repr_html_()).texts == ["No guide acted."]
 
 

@@ -6,6 +6,7 @@ PilotfishError
 ├── PluginError                          a plugin broke its contract; names plugin, hook and step
 │   └── DefinitionError (a TypeError)    a plugin's class is written wrong
 ├── ModelError                           the model cannot do what the run asks of it
+├── OutOfMemoryError                     the device's memory was not enough
 └── NonFiniteError                       the latents or the picture became NaN or infinite
 """
 
@@ -52,6 +53,35 @@ class ModelError(PilotfishError):
 
 class NonFiniteError(PilotfishError):
     """The latents or the picture became NaN or infinite."""
+
+
+class OutOfMemoryError(PilotfishError):
+    """The device's memory was not enough, for one image neither; tells what helps.
+
+    Attributes:
+        latents: (B, C, H, W), as far as the run had come; finished where only their decode failed.
+    """
+
+    def __init__(self, message: str, *, latents: Any = None) -> None:
+        super().__init__(message)
+        self.latents = latents
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether Python, torch or a device says so: without importing torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate")
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+
+
+def told(error: BaseException) -> str:
+    """An exception's kind and message, also where its own `__str__` raises."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}".removesuffix(": ")
+    except Exception as other:
+        return f"{kind} (whose message cannot be read: {type(other).__name__})"
 
 
 class GuideWarning(UserWarning):

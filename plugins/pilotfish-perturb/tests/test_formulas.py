@@ -49,7 +49,7 @@ class Probe(Plugin):
 
     asked = None
 
-    def around_network(self, step):
+    def network_inputs(self, step):
         if self.asked is None:
             self.asked = (step.timestep, step.conditioning["values"])
 
@@ -57,6 +57,13 @@ class Probe(Plugin):
         leaf, self.guided = step._state.latents, uncond is not None
         self.latents, self.abar = leaf.detach(), step.alpha**2
         self.prediction, self.gradient = prediction.detach(), gradient(prediction, leaf)
+
+
+class Around(Plugin):
+    """With one of these no further prediction goes in one batch with the others."""
+
+    def around_network(self):
+        pass
 
 
 def gradient(prediction, latents):
@@ -142,16 +149,17 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("others", [[], [Around()]], ids=["in one batch", "apart"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("case", CASES)
 def test_predictions_and_gradients_are_those_of_the_formula_from_the_first_step(
-    sampler, unet, weaker, case, guidance_scale
+    sampler, unet, weaker, case, guidance_scale, others
 ):
     make, formula = CASES[case]
     more = {"model": str(weaker)} if case == "autoguidance" else {}
     run = {"steps": 1, "seed": 3, "num_images": 2, "guidance_scale": guidance_scale}
     probe = Probe()
-    plugins = [make(scale=SCALE, **more), probe, Red(gradient="latents")]
+    plugins = [make(scale=SCALE, **more), probe, Red(gradient="latents"), *others]
     sampler(PROMPT, plugins=plugins, **run)
 
     timestep, values = probe.asked

@@ -203,7 +203,44 @@ def test_a_gradient_through_it_is_the_same_checkpointed(sampler, name):
     assert not torch.allclose(plain, guided, atol=1e-3)
 
 
-def test_they_stack_each_with_a_call_of_its_own(sampler):
+class Sizes(Plugin):
+    """Keeps how many images each call of the network has."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def network_inputs(self, step):
+        self.sizes.append(len(step.network_latents))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("stable-diffusion", [8]), ("sd3", [8]), ("z-image", [8]), ("flux", [2] * 4)],
+)
+def test_weakened_predictions_share_a_batch_with_the_others_where_those_do(family, sizes):
+    double = random_pipeline(family=family).to(torch.float64)
+    run = {"steps": 1, "seed": 1, "num_images": 2, "height": 32, "width": 32}
+    run |= {"true_cfg_scale": 3.0} if family == "flux" else {"guidance_scale": 3.0}
+    run |= {"negative_prompt": "a blue puppy on a very long street"}
+    plugins = [Pag(scale=1, layers=[0]), Slg(scale=2, stop=1, layers=[0])]
+    answers = []
+    for more in (Sizes(), Watch()):  # the second one has `around_network`
+        stack = [*plugins, more, Small(gradient="latents")]
+        answers.append(Sampler.from_pipeline(double)(PROMPT, plugins=stack, **run).latents)
+        if isinstance(more, Sizes):
+            assert more.sizes == sizes
+    # Z-Image rotates and embeds in float32, whatever the network's own type.
+    tolerance = 1e-4 if family == "z-image" else 1e-6
+    torch.testing.assert_close(*answers, rtol=tolerance, atol=tolerance)
+
+
+class Small(Guide):
+    def loss_guidance(self, step):
+        return step.x0.square().mean(dim=(1, 2, 3))
+
+
+def test_they_stack_each_with_a_call_of_its_own_where_the_network_is_changed(sampler):
     def change(*plugins):
         watch = Watch()
         sampler(PROMPT, plugins=[*plugins, watch], steps=1, seed=1)

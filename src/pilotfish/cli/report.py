@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sampling.sampler import Result
+from ..sampling.shown import counted
 from ..sampling.trace import Trace
 
 
@@ -23,7 +24,7 @@ def report(result: Result, files: list[Path], seconds: float) -> str:
     size = f"{result.run.width}x{result.run.height}"
     lines = [f"{path}  {size}, seed {result.run.seed + i}" for i, path in enumerate(files)]
     lines += [f"  {line}" for line in _guide_lines(result.trace)]
-    return "\n".join([*lines, f"{result.run.steps} steps in {seconds:.1f} s"])
+    return "\n".join([*lines, f"{counted(result.run.steps or 0)} in {seconds:.1f} s"])
 
 
 def _guide_lines(trace: Trace) -> Iterator[str]:
@@ -32,11 +33,12 @@ def _guide_lines(trace: Trace) -> Iterator[str]:
         if losses:
             final = trace.final_loss(name)
             by_vae = "" if final is None else f"; {final:.4g} by the VAE"
-            yield f"{name}: loss {losses[0]:.4g} -> {losses[-1]:.4g} ({len(losses)} steps){by_vae}"
+            fell = f"{losses[0]:.4g} -> {losses[-1]:.4g} ({counted(len(losses))})"
+            yield f"{name}: loss {fell}{by_vae}"
         if (outside := leaked(trace, name)) is not None:
             yield f"{name}: {outside:.1%} of the moves at its steps lie outside its mask"
         if failed:
-            yield f"{name}: failed at {len(failed)} steps, the first time: {failed[0].error}"
+            yield f"{name}: failed at {counted(len(failed))}, the first time: {failed[0].error}"
 
 
 def leaked(trace: Trace, name: str) -> float | None:

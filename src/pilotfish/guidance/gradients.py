@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import is_out_of_memory, told
 from .graph import Leaves, SharedGraph
 from .noise import at_least_float32
 from .presets import Preset
@@ -139,7 +140,7 @@ def check_loss(loss: Tensor, num_images: int) -> None:
     """Refuse what is no loss.
 
     Raises:
-        LossFault: it is no tensor, or has not one value per image.
+        LossFault: it is no tensor of real numbers with values, or has not one value per image.
     """
     if not isinstance(loss, Tensor):
         kind = f"{type(loss).__module__}.{type(loss).__qualname__}".removeprefix("builtins.")
@@ -151,6 +152,12 @@ def check_loss(loss: Tensor, num_images: int) -> None:
         raise LossFault(
             f"returned shape {tuple(loss.shape)}; expected one value per image, shape "
             f"({num_images},): reduce over all axes but the first, never over the batch"
+        )
+    if not loss.is_floating_point() or loss.layout != torch.strided or loss.is_meta:
+        kind = f"{loss.dtype}, {loss.layout}, on {loss.device}".replace("torch.", "")
+        raise LossFault(
+            f"returned a tensor of {kind}; expected floating-point values, dense, made by torch "
+            "from step.x0, step.rgb or step.image"
         )
 
 
@@ -168,9 +175,10 @@ def leaf_gradients(loss: Tensor, leaves: Leaves) -> Gradients:
     total = at_least_float32(loss).sum()
     try:
         found = torch.autograd.grad(total, list(leaves.read.values()), allow_unused=True)
-    except Exception as error:  # whatever an operation's own backward raises
-        fault = f"has a loss whose gradient cannot be taken: {type(error).__name__}: {error}"
-        raise LossFault(fault) from error
+    except (Exception, SystemExit) as error:  # whatever an operation's own backward raises
+        if is_out_of_memory(error):
+            raise
+        raise LossFault(f"has a loss whose gradient cannot be taken: {told(error)}") from error
     gradients = {(0, name): g for name, g in zip(leaves.read, found, strict=True) if g is not None}
     if not gradients:
         raise LossFault("returned a loss that does not depend on step.x0, step.rgb or step.image")

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import InputError, PilotfishError, PluginError, unknown
+from ..errors import InputError, PilotfishError, PluginError, is_out_of_memory, told, unknown
 from .plugin import Plugin, check_name, guide, implemented, instance_problem
 from .use import parse_use
 
@@ -158,12 +158,13 @@ def foreign(
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
-        if isinstance(error, PilotfishError) and not ours:
+    except (Exception, SystemExit, GeneratorExit) as error:
+        # What memory is not enough for is tried in parts.
+        if (isinstance(error, PilotfishError) and not ours) or is_out_of_memory(error):
             raise
-        told = f"{type(error).__name__}: {error}".rstrip(". ")  # more of the sentence follows
-        hints = "".join(f" ({hint})" for part, hint in HINTS.items() if part in told)
-        message = f"{what} {told}{hints}{end}"
+        cause = told(error).rstrip(". ")  # more of the sentence follows
+        hints = "".join(f"; {hint}" for part, hint in HINTS.items() if part in cause)
+        message = f"{what} {cause}{hints}{end}"
         raise PluginError(message, plugin=plugin, hook=hook) from error
 
 

@@ -140,7 +140,8 @@ def network_inputs(inputs: Mapping[str, Any], step: Step, state: Any) -> Mapping
 
     Residuals of a ControlNet, image embeddings and the like: named as the network names them, and
     as long as what it gets: `step.network_latents` (N, C, H, W), scaled, and `step.conditioning`.
-    Under classifier-free guidance N is 2B, the negative prompt's half first.
+    Under classifier-free guidance N is 2B, the negative prompt's half first; a further prediction
+    for the prompt (`further_prediction`) adds B behind them.
 
     Args:
         inputs: what the plugins before this one added; `{}` at first.
@@ -154,6 +155,23 @@ def around_network(step: Step, state: Any) -> AbstractContextManager[Any] | None
     What it changes in `step.run.model.denoiser` (attention processors, adapters, hooks), which is
     this run's own copy of the modules over the shared weights, it undoes when it is left. Where
     layers are computed again for a gradient, it is asked once more.
+    """
+
+
+@combined("collect")
+def further_prediction(
+    step: Step, state: Any
+) -> Callable[[slice], AbstractContextManager[Any]] | None:
+    """Collect, each step, before the network: one more prediction for the prompt, by a changed one.
+
+    What `combine_predictions` then finds as `step.further_prediction` goes through the network in
+    one batch with the prediction for the prompt, and that for the negative one, where the family
+    makes those in one call and no plugin of the run has `around_network`; else in a call of its
+    own. `step.predict` makes predictions of every other kind.
+
+    Returns:
+        A function of a slice: a context manager that changes `step.run.model.denoiser` for these
+        images of a call alone. It is asked again where layers are computed again for a gradient.
     """
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
 
-from ..errors import InputError, PluginError, unknown
+from ..errors import InputError, PilotfishError, PluginError, unknown
 from . import specs
 from .plugin import Plugin
 from .registry import Entry, foreign, resolve
@@ -30,6 +30,7 @@ Named = tuple[str, Any]  # a plugin's name, and the plugin or its answer
 # What is wrong with an answer; of a chain, with it and the value that it follows.
 Check = Callable[[Any], str | None]
 Problem = Callable[[Any, Any], str | None]
+NEW = "others see it too: make a new tensor"
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,21 @@ class Stack:
 
     def call(self, call: Call, values: dict[str, Any], where: str = "") -> Any:
         """One plugin's answer; whatever it raises names the plugin, the hook and the step."""
-        values["state"] = self._states.get(call.name)
+        values["state"], step = self._states.get(call.name), values.get("step")
         try:
-            return call(values)
-        except (Exception, SystemExit):  # told only now: a step calls many hooks
+            answer = call(values)
+        except PilotfishError as error:
+            if where and not isinstance(error, PluginError):
+                told = str(error).rstrip(". ")
+                error.args = (f"{self.label(call.name)}: {call.hook}(): {told}{where}",)
+            raise
+        except (Exception, SystemExit, GeneratorExit):  # told only now: a step calls many hooks
             what = f"{self.label(call.name)}: {call.hook}() raised"
             with foreign(what, call.name, call.hook, where):
                 raise
+        if step is not None and (changed := step.changed()):
+            self.blame(call.name, call.hook, f"changed step.{changed} in place; {NEW}", where)
+        return answer
 
     def setup(self, arguments: Arguments) -> None:
         """Set all up, in order; what each answers is its state."""
@@ -169,10 +178,12 @@ class Stack:
     ) -> Any:
         """Pass `value` through all, in order; each answer is checked by `problem(new, old)`."""
         for call in self.calls[hook]:
-            version = getattr(value, "_version", None)
-            answer = self.call(call, arguments(call.name, value), where)
-            if getattr(value, "_version", None) != version:
-                self.blame(call.name, hook, "changed its input in place; return a new one", where)
+            values = arguments(call.name, value)
+            versions = {name: _version(value) for name, value in values.items()}
+            answer = self.call(call, values, where)
+            for name, version in versions.items():
+                if _version(values[name]) != version:
+                    self.blame(call.name, hook, f"changed {name} in place; {NEW}", where)
             if answer is not None:
                 if what := problem(answer, value):
                     self.blame(call.name, hook, what, where)
@@ -220,6 +231,12 @@ def _own_name(entry: Entry) -> str:
     return re.sub(r"[^\w#.<>-]", "_", Path(last).stem if last.endswith(".py") else last)
 
 
+def _version(value: Any) -> int | None:
+    """What counts a tensor's changes in place; torch keeps none for those of inference mode."""
+    kept = hasattr(type(value), "_version") and not value.is_inference()
+    return value._version if kept else None
+
+
 def _settings(plugin: object) -> dict[str, Any]:
     return plugin.settings.model_dump(mode="json") if isinstance(plugin, Plugin) else {}
 
@@ -230,7 +247,7 @@ def tensor_problem(answer: Any, old: Tensor) -> str | None:
 
     if not isinstance(answer, Tensor):
         return f"returned {type(answer).__name__}; expected a tensor or None"
-    for what in ("shape", "dtype", "device"):
+    for what in ("shape", "dtype", "device", "layout"):
         came, expected = (getattr(tensor, what) for tensor in (answer, old))
         if came != expected:
             came, expected = (tuple(v) if what == "shape" else v for v in (came, expected))

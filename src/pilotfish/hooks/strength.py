@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+LARGEST = 3.4e38  # of float32, in which gradients are weighted
 Curve = tuple[tuple[float, float], ...]
 
 
@@ -24,7 +24,7 @@ def check_strength(value: Any) -> float | Curve:
             points: Curve = ((0.0, float(value)),)
         else:
             points = tuple((float(progress), float(strength)) for progress, strength in value)
-        finite = all(math.isfinite(strength) for _, strength in points)
+        finite = all(abs(strength) <= LARGEST for _, strength in points)
         moments = [0.0, *(progress for progress, _ in points), 1.0]
         if points and finite and all(a <= b for a, b in itertools.pairwise(moments)):
             return points if isinstance(value, list | tuple) else points[0][1]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32
+from .hub import load_config
 from .schedulers import diffusers
 from .weights import load_network
 
@@ -85,10 +86,10 @@ def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> An
     """
     kind = diffusers.AutoencoderTiny
     try:
-        config = kind.load_config(target)
+        config = load_config(kind, target)
         if config.get("_class_name") != kind.__name__:
             raise ValueError(f"it holds {config.get('_class_name')}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModelError) as error:
         raise ModelError(f"cannot load an AutoencoderTiny from {target!r}: {error}") from error
     tiny = load_network(kind, target, f"AutoencoderTiny {target!r}", dtype)
     own = tiny.config

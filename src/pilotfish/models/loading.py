@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import InputError, ModelError, unknown
 from ..hooks import registry
+from .hub import load_config
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
 from .single_file import PICKLES, Checkpoint, locate_file
@@ -49,7 +50,7 @@ def load(
                 checkpoint = Checkpoint.of(target)
                 index = checkpoint.index(source, **place)
             else:
-                index = diffusers.DiffusionPipeline.load_config(target, **place)
+                index = load_config(diffusers.DiffusionPipeline, target, **place)
             kind = index.get("_class_name", "") if isinstance(index, Mapping) else ""
             family = family_of(str(kind), f"model {name!r}")
             # diffusers must be told of what a model does without, such as the T5 of SD3.
@@ -134,11 +135,12 @@ def locate(model: str | Path | None) -> str:
     """A folder, file or hub id: the one given, or an installed model's folder (default: "emoji").
 
     Raises:
-        InputError: there is no such folder or file, it is no .safetensors file, or no model was
-            named and the one that ships is not installed.
+        InputError: there is no such folder, file or installed model, it is no .safetensors file, or
+            no model was named and the one that ships is not installed.
     """
     name = "emoji" if model is None else str(model)
-    if name in registry.installed(registry.MODEL_GROUP):
+    known = registry.installed(registry.MODEL_GROUP)
+    if name in known:
         entry = registry.find(name, registry.MODEL_GROUP)
         return str(registry.load_object(entry.target, f"model {name!r}"))
     if model is None:
@@ -151,6 +153,11 @@ def locate(model: str | Path | None) -> str:
         return locate_file(name)
     if name.startswith((".", "/", "~")) and not place.is_dir():
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
+    if not place.is_dir() and "/" not in name:
+        raise InputError(
+            f"{unknown('model', name, known)}. A folder in the diffusers layout, one .safetensors "
+            "file, or a hub id, OWNER/NAME, does as well"
+        )
     return str(place) if place.is_dir() else name
 
 

@@ -227,7 +227,7 @@ class LatentDiffusion(Protocol):
         id: the folder, file or hub id that it came from.
         config: the folder or hub id of a single file's configuration, where one was named.
         folder: where it lies on this disk, if it does.
-        factor: pixels of the picture for each cell of the latents, along a side.
+        factor: pixels of the picture for each cell of the latents, along a side: the 8 of `8H`.
         size: height and width of a run's pictures, in pixels; `sites` go by it.
         guidance: "cfg": by two predictions; "embedded": told to the network.
         together: whether the family's pipeline makes both predictions in one call of the network;

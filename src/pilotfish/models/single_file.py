@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import InputError, ModelError
+from .hub import load_config
 from .schedulers import diffusers
 from .weights import check_shapes, check_whole, load_networks, told_of, without_value
 
@@ -114,8 +115,8 @@ class Checkpoint:
             known = ", ".join(CLASSES)
             raise ModelError(f"its layout is {self.layout!r}; expected one of {known}")
         try:
-            index = diffusers.DiffusionPipeline.load_config(config or self.usual, **place)
-        except OSError as error:
+            index = load_config(diffusers.DiffusionPipeline, config or self.usual, **place)
+        except (OSError, ModelError) as error:
             raise ModelError(
                 f"the configuration of such a file, {config or self.usual}, is not here and cannot "
                 "be downloaded. Give a folder in the diffusers layout that has it, with weights or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -48,3 +49,15 @@ def copied(generator: torch.Generator) -> torch.Generator:
     other = torch.Generator()
     other.set_state(generator.get_state())
     return other
+
+
+def indices_problem(answer: Any, count: int) -> str | None:
+    """What is wrong with a `resample`'s answer."""
+    try:
+        indices = torch.tensor(torch.as_tensor(answer).tolist())
+    except (TypeError, ValueError, RuntimeError):
+        return f"returned {type(answer).__name__}; expected indices of the images, shape ({count},)"
+    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
+    if not whole or indices.shape != (count,) or not ((indices >= 0) & (indices < count)).all():
+        return f"returned {indices.tolist()}; expected {count} indices of images, 0 to {count - 1}"
+    return None

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import GuideWarning, NonFiniteError, PilotfishError
+from ..errors import GuideWarning, InputError, NonFiniteError, PilotfishError, is_out_of_memory
 from ..hooks.stack import Arguments, Stack, tensor_problem
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
 from ..runs.run import Run
-from .generators import Generators, seeded
+from .generators import Generators, indices_problem, seeded
 from .guides import Guides
+from .memory import check_size, in_parts, out_of_memory
 from .network import Network
 from .outside import Outside
 from .prompts import Prompts
@@ -27,6 +28,9 @@ from .trace import Trace
 
 if TYPE_CHECKING:
     from ..models.protocol import LatentDiffusion
+
+# The hooks whose tensors become latents.
+CHANGING = ("before_step", "network_inputs", "combine_predictions", "on_predicted_x0", "advance")
 
 TURN = "host turn"  # a name that no plugin can have
 
@@ -46,6 +50,11 @@ class Sampling:
     def __init__(
         self, model: LatentDiffusion, run: Run, stack: Stack, *, measuring: bool = False
     ) -> None:
+        if torch.get_default_device().type == "meta":
+            raise InputError(
+                "torch's default device is meta, on which nothing is computed; leave "
+                "torch.device('meta'), or torch.set_default_device('cpu')"
+            )
         self.stack, self.trace = stack, Trace()
         self.again: Callable[[Stack], Sampling] = lambda other: Sampling(model, run, other)
         self.network = Network(model, run.checkpointing, stack)
@@ -57,6 +66,7 @@ class Sampling:
         height, width, steps = cast("tuple[int, int, int]", known)  # in a resolved run
         self.model.size = height, width
         self.shape = self.model.latent_shape(height, width)
+        check_size(self.described, self.shape, self.model.device)
         # The user's own spec: what describes a scheduler is not what makes it.
         spec = self.model.defaults.scheduler if run.scheduler is None else run.scheduler
         set_timesteps = partial(self.model.set_timesteps, shape=self.shape)
@@ -99,23 +109,37 @@ class Sampling:
     @torch.no_grad()
     def judge(self, latents: Tensor) -> Trace:
         """Every guide's loss on finished latents, in place of the loop; no step is taken."""
-        with self._set_up():
+        with self.as_loaded(), self._set_up():
             self.prompts = Prompts(self.run, self.stack)
             state = self.begin(self.num_steps - 1, latents, 0)
             names = {call.name for call in self.stack.calls["loss_guidance"]}
             self.guides.judge(state, latents, self.model.decoder("vae"), names)
         return self.trace
 
+    def as_loaded(self) -> contextlib.AbstractContextManager[Any]:
+        """In the model's own dtype, also where the caller has autocast on."""
+        return torch.autocast(self.model.device.type, enabled=False)
+
     @contextlib.contextmanager
     def _set_up(self) -> Iterator[None]:
         """All plugins set up; torn down whatever happens, and no error hides the first."""
         try:
-            self.stack.setup(self._for_run)
+            with self._torn_down():
+                self.stack.setup(self._for_run)
+                yield
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, self.described, self.latents) from error
+            raise
+
+    @contextlib.contextmanager
+    def _torn_down(self) -> Iterator[None]:
+        try:
             yield
         except BaseException as first:
             try:
                 self.stack.teardown(self._for_run)
-            except PilotfishError as error:
+            except Exception as error:  # MemoryError too
                 if isinstance(first, GeneratorExit):
                     raise
                 notes = [f"and at teardown: {error}", *getattr(error, "__notes__", ())]
@@ -158,7 +182,7 @@ class Sampling:
         with torch.set_grad_enabled(through):
             if through:
                 state.latents = state.latents.detach().requires_grad_()
-            cond, uncond = self._network(state)
+            cond, uncond = self.network.both(state, self.schedule.scaled)
             state.output = self._combine(state, cond, uncond)
             if guides or self.stack.calls["on_predicted_x0"]:
                 state.x0 = self._chain("on_predicted_x0", state, state.arguments("x0"), state.x0)
@@ -193,14 +217,21 @@ class Sampling:
 
         Raises:
             NonFiniteError: it is not finite then either.
+            OutOfMemoryError: memory is not enough for one of them alone.
             PilotfishError: the run was ended by `close` or by an error before.
         """
         latents = self.final
         if latents is None:
             raise PilotfishError("this run was ended before it was done; it has no result")
-        image = self.model.decode(latents)
-        if not images.is_finite(image):
-            image = self.model.decode_float32(latents)
+        try:
+            with self.as_loaded():
+                image = in_parts(self.model.decode, latents)
+                if not images.is_finite(image):
+                    image = in_parts(self.model.decode_float32, latents)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, self.described, latents) from error
+            raise
         if not images.is_finite(image):
             raise NonFiniteError(
                 f"the decoded picture is not finite (latents between {latents.min():.3g} and "
@@ -225,17 +256,6 @@ class Sampling:
         self.schedule.begin_at(first)
         return latents, first
 
-    def _network(self, state: StepState) -> tuple[Tensor, Tensor | None]:
-        """The prediction for the prompt, and for the negative prompt, in one call or in two."""
-        latents, count = state.latents, len(state.latents)
-        outputs: list[Tensor] = []
-        for told in state.calls:
-            times = len(told["values"]) // count
-            scaled = self.schedule.scaled(torch.cat([latents] * times), state.timestep)
-            outputs += reversed(torch.split(self.network(state, scaled, told), count))
-        cond, *uncond = outputs  # (B, C, H, W) each
-        return cond, uncond[0] if uncond else None
-
     def _further_prediction(
         self, state: StepState, plugin: str, conditioning: Any, patch: Any, offset: Tensor | None
     ) -> Tensor:
@@ -250,7 +270,7 @@ class Sampling:
         latents = state.latents if offset is None else state.latents + offset.to(state.latents)
         latents = self.schedule.scaled(latents, state.timestep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-            return self.network(state, latents, told, patch)
+            return self.network(state, latents, told, patch, plugin)
 
     def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
         begun = cond
@@ -279,7 +299,7 @@ class Sampling:
 
     def _indices(self, state: StepState, latents: Tensor) -> Tensor | None:
         """A plugin's answer, (B,) on the CPU; the scheduler's history has followed it."""
-        problem = partial(_indices_problem, count=len(latents))
+        problem = partial(indices_problem, count=len(latents))
         answer = self.stack.first("resample", state.arguments(), problem, state.where)
         if answer is None:
             return None
@@ -299,12 +319,14 @@ class Sampling:
     def _check_finite(self, latents: Tensor, state: StepState) -> None:
         if images.is_finite(latents):
             return
-        cause = "No guide acted: the network's own output is not finite; try float32."
+        names = [f"{c.hook}() of {c.name!r}" for hook in CHANGING for c in self.stack.calls[hook]]
+        own = " or ".join(["the network's own output", *(f"what comes from {n}" for n in names)])
+        cause = f"No guide acted: {own} is not finite; try float32."
         if here := [r for r in self.trace if r.gradient_norm and r.index == state.index]:
             norm, plugin = max((max(r.gradient_norm), r.plugin) for r in here)
             cause = f"The largest gradient came from {plugin!r}, norm {norm:.2g}; lower its scale."
-        where = state.where.replace(" at", "after", 1)
-        raise NonFiniteError(f"latents became non-finite {where}. {cause}")
+        where = f"step {state.index} of {state.num_steps} (sigma {state.level.sigma:.3g})"
+        raise NonFiniteError(f"latents became non-finite after {where}. {cause}")
 
     def _for_run(self, *_: Any) -> dict[str, Any]:
         return {"run": self.run}
@@ -319,16 +341,4 @@ def _start_problem(answer: Any, like: Tensor, num_steps: int) -> str | None:
         return problem
     if not isinstance(first, int) or not 0 <= first < num_steps:
         return f"starts at {first!r}; expected 0 to {num_steps - 1}"
-    return None
-
-
-def _indices_problem(answer: Any, count: int) -> str | None:
-    """What is wrong with a `resample`'s answer."""
-    try:
-        indices = torch.as_tensor(answer)
-    except (TypeError, ValueError, RuntimeError):
-        return f"returned {type(answer).__name__}; expected indices of the images, shape ({count},)"
-    whole = not (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool)
-    if not whole or indices.shape != (count,) or not ((indices >= 0) & (indices < count)).all():
-        return f"returned {indices.tolist()}; expected {count} indices of images, 0 to {count - 1}"
     return None

@@ -130,7 +130,8 @@ class Prompts:
 
         def arguments(name: str, value: Embedding) -> dict[str, Any]:
             step = Step(state, name) if state else None
-            return {"embedding": value, "run": self._run, "step": step, "encode": encode}
+            told = {"embedding": value, "embedding.values": value.values}  # what must stay as it is
+            return {**told, "run": self._run, "step": step, "encode": encode}
 
         answer: Embedding = self._stack.chain(
             "embedding_transform",

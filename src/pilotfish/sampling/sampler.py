@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from ..errors import PluginError
+from ..errors import OutOfMemoryError, PluginError
 from ..hooks.stack import Stack
 from ..runs import pictures as images
 from ..runs.metadata import Picture
 from ..runs.run import KEYS, Run, check_keywords
 from . import shown
 from .loop import Sampling
+from .memory import merged
 from .step import Step
 from .trace import Trace
 
@@ -77,10 +80,16 @@ class Stream(Iterator[Step]):
         self.run, self.trace = sampling.described, sampling.trace
 
     def __next__(self) -> Step:
-        return next(self._steps)
+        with self._sampling.as_loaded():
+            return next(self._steps)
 
     def __len__(self) -> int:
         return self._sampling.num_steps
+
+    @property
+    def divisible(self) -> bool:
+        """Whether its images can be made apart: there are several, and none takes another place."""
+        return self.run.num_images > 1 and not self._sampling.stack.calls["resample"]
 
     def close(self) -> None:
         """End the run without a result."""
@@ -93,7 +102,7 @@ class Stream(Iterator[Step]):
             NonFiniteError: the picture is not finite, in float32 neither.
             PilotfishError: the run was ended by `close` or by an error before.
         """
-        for _ in self._steps:
+        for _ in self:
             pass
         latents, image = self._sampling.finished
         pictures: list[Image] = [Picture.of(picture, self.run) for picture in images.to_pil(image)]
@@ -148,8 +157,30 @@ class Sampler:
             InputError: a value or name is wrong; nothing has run then.
             PluginError: a plugin broke its contract; names plugin, hook and step.
             NonFiniteError: the latents or the picture became NaN or infinite.
+            OutOfMemoryError: memory is not enough for one image, or plugins let images of one run
+                change places.
+
+        Warns:
+            UserWarning: memory is not enough for all images at once; they come in several batches.
         """
-        return self.stream(prompt, plugins=plugins, **options).result()
+        stream = self.stream(prompt, plugins=plugins, **options)
+        try:
+            return stream.result()
+        except OutOfMemoryError as error:
+            if not stream.divisible:
+                raise
+            problem = str(error)
+        # Outside of the handler, where what the first try has left in memory is gone.
+        run, count = stream.run, stream.run.num_images // 2
+        del stream
+        warnings.warn(f"made in batches of {count}: {problem}", UserWarning, stacklevel=2)
+        parts = [
+            self(prompt, plugins=plugins, **{**options, "seed": seed, "num_images": number})
+            for seed, number in ((run.seed, count), (run.seed + count, run.num_images - count))
+        ]
+        pictures: list[Image] = [Picture.of(i, run) for part in parts for i in part.images]
+        latents = torch.cat([part.latents for part in parts])
+        return Result(pictures, latents, merged([part.trace for part in parts]), run)
 
     def losses(self, result: Result, plugins: Sequence[object]) -> dict[str, tuple[float, ...]]:
         """Each guide's loss on the pictures of a result, by its name in the list, (B,) each.

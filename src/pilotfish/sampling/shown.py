@@ -38,7 +38,7 @@ def result_html(result: Any) -> str:
     more = len(result.images) - MOST
     rest = f"<p>and {more} more</p>" if more > 0 else ""
     run = result.run
-    about = f"{_short(run.prompt, 200)!r}, seed {run.seed}, {run.steps} steps"
+    about = f"{_short(run.prompt, 200)!r}, seed {run.seed}, {counted(run.steps)}"
     return f"<div>{shown}{rest}<p>{escape(about)}</p>{trace_html(result.trace)}</div>"
 
 
@@ -78,7 +78,7 @@ def _row(trace: Any, name: str) -> tuple[str, ...]:
     own, values = trace.of(name), trace.losses(name)
     shares = [share for record in own for share in record.share]
     errors = [record.error for record in own if record.error]
-    told = f"failed at {len(errors)} steps: {errors[0]}" if errors else ""
+    told = f"failed at {counted(len(errors))}: {errors[0]}" if errors else ""
     return (
         escape(name),
         f"{values[0]:.4g} &rarr; {values[-1]:.4g}" if values else "",
@@ -101,6 +101,11 @@ def _curve(values: Sequence[float]) -> str:
     )
     line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
     return f'<svg width="{width}" height="{height}" role="img">{line}</svg>'
+
+
+def counted(steps: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{steps} step{'s' * (steps != 1)}"
 
 
 def _picture(picture: Image.Image) -> str:

@@ -43,6 +43,7 @@ class StepState:
         direction: where they turn the step's noise, under the rule "sphere".
         renewed: the part of the next level's noise that is drawn anew, of its variance.
         losses: see `Step.losses`.
+        further: see `Step.further_prediction`, by the plugin's name.
     """
 
     run: Run
@@ -64,13 +65,14 @@ class StepState:
     direction: Tensor | None = None
     renewed: float = 0.0
     losses: dict[str, Tensor] = field(default_factory=dict)
+    further: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
     _x0: Tensor | None = None
     _views: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # For error messages; a property would format it for every hook.
-        self.where = f" at step {self.index} of {self.num_steps} (sigma {self.level.sigma:.3g})"
+        self.where = f" (at step {self.index} of {self.num_steps}, sigma {self.level.sigma:.3g})"
 
     @property
     def x0(self) -> Tensor:
@@ -127,10 +129,21 @@ class StepState:
 class Step:
     """One step of a run: read-only, with lazy values that all plugins share."""
 
-    __slots__ = ("_leaves", "_plugin", "_state")
+    __slots__ = ("_leaves", "_plugin", "_read", "_state")
 
     def __init__(self, state: StepState, plugin: str = "", leaves: Leaves | None = None) -> None:
         self._state, self._plugin, self._leaves = state, plugin, leaves
+        self._read: list[tuple[str, Tensor, int]] = []
+
+    def _shared(self, name: str, tensor: Tensor) -> Tensor:
+        """A value that others read too, which so may not be changed in place."""
+        if not tensor.is_inference():  # which keeps no version
+            self._read.append((name, tensor, tensor._version))
+        return tensor
+
+    def changed(self) -> str | None:
+        """What was read here and then changed in place, by name; see `Stack.call`."""
+        return next((name for name, tensor, old in self._read if tensor._version != old), None)
 
     def __repr__(self) -> str:
         return f"Step({self.index} of {self.num_steps}, sigma {self.sigma:.3g})"
@@ -166,7 +179,7 @@ class Step:
     @property
     def timestep(self) -> Tensor:
         """The network's own index, a scalar."""
-        return self._state.timestep
+        return self._shared("timestep", self._state.timestep)
 
     @property
     def alpha(self) -> float:
@@ -191,7 +204,7 @@ class Step:
     @property
     def latents(self) -> Tensor:
         """Noisy latents (B, C, H, W), before this step is taken."""
-        return self._state.latents.detach()
+        return self._shared("latents", self._state.latents.detach())
 
     @property
     def eps(self) -> Tensor:
@@ -202,7 +215,7 @@ class Step:
     @property
     def x0(self) -> Tensor:
         """Predicted clean latents (B, C, H, W), float32."""
-        return self._leaves("x0") if self._leaves else self._state.x0.detach()
+        return self._leaves("x0") if self._leaves else self._shared("x0", self._state.x0.detach())
 
     def to_x0(self, prediction: Tensor) -> Tensor:
         """What clean latents a prediction of the network means: (B, C, H, W), at least float32.
@@ -217,7 +230,10 @@ class Step:
 
     @property
     def image(self) -> Tensor:
-        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step."""
+        """x0 decoded by the run's `decoder`: (B, 3, 8H, 8W) in [0, 1], not clamped; once a step.
+
+        8 stands for the model's own `factor`, as wherever `8H` is written.
+        """
         return self._shown("image", lambda x0: self.run.model.decoder(self.run.decoder)(x0))
 
     @property
@@ -226,7 +242,9 @@ class Step:
         return self._shown("rgb", lambda x0: self.run.model.rgb(x0))
 
     def _shown(self, name: str, build: Callable[[Tensor], Tensor]) -> Tensor:
-        return self._leaves(name) if self._leaves else self._state.view(name, build)
+        if self._leaves:
+            return self._leaves(name)
+        return self._shared(name, self._state.view(name, build))
 
     @property
     def losses(self) -> Mapping[str, Tensor]:
@@ -236,15 +254,15 @@ class Step:
     @property
     def embeddings(self) -> Tensor:
         """The prompt's embedding as the network gets it (B, T, D)."""
-        return self._state.conditioning["values"]
+        return self._shared("embeddings", self._state.conditioning["values"])
 
     @property
     def network_latents(self) -> Tensor:
-        """What the network gets at its present call, scaled: (N, C, H, W), N is B or 2B.
+        """What the network gets at its present call, scaled: (N, C, H, W), N is B or more.
 
         Known in `network_inputs` and `around_network`.
         """
-        return self._call("network_latents")[0]
+        return self._shared("network_latents", self._call("network_latents")[0])
 
     @property
     def conditioning(self) -> Conditioning:
@@ -252,12 +270,29 @@ class Step:
 
         Known in `network_inputs` and `around_network`.
         """
-        return self._call("conditioning")[1]
+        told = self._call("conditioning")[1]
+        for name, tensor in told.tensors.items():
+            self._shared(f"conditioning[{name!r}]", tensor)
+        return told
 
     def _call(self, name: str) -> tuple[Tensor, Conditioning]:
         if self._state.call is None:
             raise PilotfishError(f"step.{name} is known only when the network is called")
         return self._state.call
+
+    @property
+    def further_prediction(self) -> Tensor:
+        """The one that this plugin's hook `further_prediction` asked for: (B, C, H, W).
+
+        Differentiable where this step's gradient goes through the network.
+        """
+        if self._plugin not in self._state.further:
+            raise PilotfishError(
+                f"plugin {self._plugin!r}: step.further_prediction is known after the network's "
+                "call, and only to a plugin whose hook further_prediction asked for one at this "
+                "step; step.predict() makes one at once"
+            )
+        return self._shared("further_prediction", self._state.further[self._plugin])
 
     def predict(
         self,

@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 from pilotfish import ModelError, Setting
 
 from .blur import blurred, grid
-from .layers import Layer, Perturbed, shadowed
+from .layers import Layer, Weakened, shadowed
 
 if TYPE_CHECKING:
     from pilotfish import Step
 
 
-class Pag(Perturbed):
+class Pag(Weakened):
     """Lead away from a network whose image tokens see only themselves: perturbed attention.
 
     Ahn et al. 2024, "Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance", arXiv
@@ -32,11 +32,13 @@ class Pag(Perturbed):
     `StableDiffusion3PAGPipeline`; we differ in that queries and keys are normalised there too.
     """
 
-    def _weakened(self, step: Step, state: tuple[Layer, ...]) -> AbstractContextManager[Any]:
-        return attending(state, own_token)
+    def _patch(
+        self, step: Step, state: tuple[Layer, ...], images: slice
+    ) -> AbstractContextManager[Any]:
+        return attending(state, own_token, images)
 
 
-class Seg(Perturbed):
+class Seg(Weakened):
     """Lead away from a network that looks around without aim: smoothed energy guidance.
 
     Hong 2024, "Smoothed Energy Guidance", arXiv 2408.00760: queries are blurred, which is to blur
@@ -45,7 +47,7 @@ class Seg(Perturbed):
     asked for, and the other way round.
     """
 
-    class Settings(Perturbed.Settings):
+    class Settings(Weakened.Settings):
         blur: float | None = Setting(
             None,
             gt=0,
@@ -53,9 +55,11 @@ class Seg(Perturbed):
             "all queries are their mean",
         )
 
-    def _weakened(self, step: Step, state: tuple[Layer, ...]) -> AbstractContextManager[Any]:
+    def _patch(
+        self, step: Step, state: tuple[Layer, ...], images: slice
+    ) -> AbstractContextManager[Any]:
         height, width = step.latents.shape[2:]
-        return attending(state, partial(smoothed, self.settings.blur, (height, width)))
+        return attending(state, partial(smoothed, self.settings.blur, (height, width)), images)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,14 @@ class Attention:
     def output(self) -> Tensor:
         """What torch makes of it, (B, heads, tokens, D)."""
         return scaled_dot_product_attention(**vars(self))
+
+    def of(self, images: slice) -> Attention:
+        """That of some images alone."""
+        mask, count = self.attn_mask, len(self.query)
+        if mask is not None and mask.dim() == 4 and len(mask) == count:
+            mask = mask[images]
+        query, key, value = (t[images] for t in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, attn_mask=mask)
 
 
 # What stands in for `Attention.output`; it is told which of the tokens are the image's.
@@ -117,10 +129,23 @@ def smoothed(
     return replace(attention, query=torch.cat([before, query, after], dim=2)).output()
 
 
-def attending(layers: Iterable[Layer], attend: Attend) -> AbstractContextManager[None]:
-    """Another attention in these layers' own place, for a while."""
+def attending(
+    layers: Iterable[Layer], attend: Attend, images: slice = slice(None)
+) -> AbstractContextManager[None]:
+    """Another attention in these layers' own place, for some images of a call, for a while."""
+    some = partial(for_images, images, attend)
     sites = [site for layer in layers for site in layer.sites]
-    return shadowed({site.module: Processor(site, attend) for site in sites}, "processor")
+    return shadowed({site.module: Processor(site, some) for site in sites}, "processor")
+
+
+def for_images(images: slice, attend: Attend, attention: Attention, tokens: slice) -> Tensor:
+    """What `attend` makes of these images, and of the others what torch does."""
+    start, stop, _ = images.indices(len(attention.query))
+    some = attend(attention.of(slice(start, stop)), tokens)
+    if stop - start == len(attention.query):
+        return some
+    others = [attention.of(i).output() for i in (slice(0, start), slice(stop, None))]
+    return torch.cat([others[0], some, others[1]])
 
 
 class Processor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from torch import Tensor
 
 from pilotfish import InputError, ModelError, Plugin, Setting
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pilotfish import Run, Step
 
 
+# What weakens the network for some images of a call.
+PatchOf = Callable[[slice], AbstractContextManager[Any]]
 # The command line gives text.
 NumberOrName = Annotated[int | str, Setting(union_mode="left_to_right")]
 
@@ -37,11 +40,7 @@ class Layer:
 
 
 class Perturbed(Plugin):
-    """A plugin that adds `scale * (cond - perturbed)` to the prediction.
-
-    `perturbed` is a further prediction for the prompt, by the weakened network: one more call of it
-    for each image, where classifier-free guidance has two.
-    """
+    """A plugin that leads away from what is predicted where something is made worse."""
 
     heading = "perturbed guidance"
 
@@ -62,22 +61,41 @@ class Perturbed(Plugin):
     def setup(self, run: Run) -> Any:
         return chosen(run.model, self.settings.layers)
 
-    def combine_predictions(
-        self, prediction: Tensor, cond: Tensor, uncond: Tensor | None, step: Step, state: Any
-    ) -> Tensor | None:
-        if not self._acts(step):
-            return None
-        perturbed = step.predict(patch=partial(self._weakened, step, state))
-        scale: float = self.settings.scale
-        return prediction + scale * (cond - perturbed)
-
     def _acts(self, step: Step) -> bool:
         settings = self.settings
         return bool(settings.scale and settings.start <= step.progress < settings.stop)
 
-    def _weakened(self, step: Step, state: Any) -> AbstractContextManager[Any]:
-        """The network, weaker while this lasts."""
+
+class Weakened(Perturbed):
+    """A plugin that adds `scale * (cond - weakened)` to the prediction.
+
+    `weakened` is a further prediction for the prompt, by a network in which layers do worse: one
+    more for each image, where classifier-free guidance has two, in one batch with them if it can.
+    """
+
+    def further_prediction(self, step: Step, state: Any) -> PatchOf | None:
+        return partial(self._patch, step, state) if self._acts(step) else None
+
+    def combine_predictions(
+        self, prediction: Tensor, cond: Tensor, step: Step, state: Any
+    ) -> Tensor | None:
+        if not self._acts(step):
+            return None
+        scale: float = self.settings.scale
+        return prediction + scale * (cond - self._weaker(step, state))
+
+    def _weaker(self, step: Step, state: Any) -> Tensor:
+        """The weakened network's prediction."""
+        return step.further_prediction
+
+    def _patch(self, step: Step, state: Any, images: slice) -> AbstractContextManager[Any]:
+        """The network, weaker for these images of a call while this lasts."""
         raise NotImplementedError
+
+
+def of_images(made: Tensor, taken: Tensor, images: slice) -> Tensor:
+    """The values `made` for a call's images, with `taken` for some of them."""
+    return torch.cat([made[: images.start], taken, made[images.stop :]])
 
 
 def chosen(model: Any, wanted: Sequence[int | str] | None) -> tuple[Layer, ...]:

@@ -5,36 +5,40 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationInfo, field_validator
+from torch import Tensor
 
 import pilotfish
 from pilotfish import ModelError, Setting
 
-from .layers import Layer, Perturbed, shadowed
+from .layers import Layer, PatchOf, Weakened, of_images, shadowed
 
 if TYPE_CHECKING:
     from pilotfish import Run, Step
 
 
-class Slg(Perturbed):
+class Slg(Weakened):
     """Lead away from a network that skips some layers: skip layer guidance.
 
     As Stable Diffusion 3.5 medium is sampled, `skip_guidance_layers` of diffusers' pipeline: better
     bodies and shapes, early in the run. We differ: the first step counts too.
     """
 
-    class Settings(Perturbed.Settings):
+    class Settings(Weakened.Settings):
         scale: float = Setting(2.8, description="strength; 0 is off, below 0 leads to the weaker")
         stop: float = Setting(0.2, ge=0, le=1, description="last moment, a fraction of the run")
 
-    def _weakened(self, step: Step, state: tuple[Layer, ...]) -> AbstractContextManager[Any]:
-        return skipping(state)
+    def _patch(
+        self, step: Step, state: tuple[Layer, ...], images: slice
+    ) -> AbstractContextManager[Any]:
+        return skipping(state, images)
 
 
-class Autoguidance(Perturbed):
+class Autoguidance(Weakened):
     """Lead away from a weaker network of the same kind: autoguidance.
 
     Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself", arXiv 2406.02507:
@@ -42,7 +46,7 @@ class Autoguidance(Perturbed):
     smaller. Without a weaker one the network itself stands in, layers of it left out in all steps.
     """
 
-    class Settings(Perturbed.Settings):
+    class Settings(Weakened.Settings):
         scale: float = Setting(1.0, description="strength; 0 is off, below 0 leads to the weaker")
         model: str | None = Setting(
             None,
@@ -73,11 +77,20 @@ class Autoguidance(Perturbed):
             )
         return network
 
-    def _weakened(self, step: Step, state: Any) -> AbstractContextManager[Any]:
+    def further_prediction(self, step: Step, state: Any) -> PatchOf | None:
+        # Another network's is a call of its own.
+        return super().further_prediction(step, state) if self.settings.model is None else None
+
+    def _weaker(self, step: Step, state: Any) -> Tensor:
         if self.settings.model is None:
-            return skipping(state)
+            return super()._weaker(step, state)
         own: Any = step.run.model
-        return shadowed({own.denoiser: state}, "forward")
+        return step.predict(patch=partial(shadowed, {own.denoiser: state}, "forward"))
+
+    def _patch(
+        self, step: Step, state: tuple[Layer, ...], images: slice
+    ) -> AbstractContextManager[Any]:
+        return skipping(state, images)
 
 
 def kind(network: Any) -> str:
@@ -85,19 +98,26 @@ def kind(network: Any) -> str:
     return f"{type(network).__name__} of {network.config.in_channels} channels"
 
 
-def skipping(layers: tuple[Layer, ...]) -> AbstractContextManager[None]:
-    """These layers hand on what they are given, for a while."""
-    return shadowed({layer.block: handing_on(layer) for layer in layers}, "forward")
+def skipping(layers: tuple[Layer, ...], images: slice) -> AbstractContextManager[None]:
+    """These layers hand on what they are given, for some images of a call, for a while."""
+    return shadowed({layer.block: handing_on(layer, images) for layer in layers}, "forward")
 
 
-def handing_on(layer: Layer) -> Callable[..., Any]:
+def handing_on(layer: Layer, images: slice) -> Callable[..., Any]:
     """A block's `forward` that gives back its input: text and image where they come apart."""
-    takes = inspect.signature(type(layer.block).forward)
+    takes, own = inspect.signature(type(layer.block).forward), layer.block.forward
     joint = any(site.kind == "joint" for site in layer.sites)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = takes.bind(layer.block, *args, **kwargs).arguments
         (_, image, *_), text = given.values(), given.get("encoder_hidden_states")
-        return (text, image) if joint and text is not None else image
+        taken: tuple[Any, ...] = (text, image) if joint and text is not None else (image,)
+        if len(image) > images.stop - images.start:
+            made = own(*args, **kwargs)
+            made = made if isinstance(made, tuple) else (made,)
+            both = zip(made, taken, strict=True)
+            # The last block of some transformers makes nothing more of the text.
+            taken = tuple(m if m is None else of_images(m, t[images], images) for m, t in both)
+        return taken if len(taken) > 1 else taken[0]
 
     return forward
