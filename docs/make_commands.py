@@ -26,7 +26,8 @@ What `--help` says of each command.
 
 Results go to standard output, progress and warnings to standard error. The exit code is 0 where all
 went well, 1 where pilotfish refused or a check failed, 2 where the command line itself was wrong,
-and 130 after Ctrl-C. An error is one line; `--debug` shows its traceback.
+and 130 after Ctrl-C. An error is one line, and one more for each thing that is not what a picture
+was made with; `--debug` shows its traceback.
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ("costs", "curves", "decoders", "handwritten", "timing")
+SCRIPTS = ("costs", "curves", "decoders", "growth", "handwritten", "timing")
 
 
 @pytest.fixture
@@ -70,7 +70,29 @@ def test_costs_are_counted_where_they_arise(script, monkeypatch, tmp_path):
         return tuple(costs.counted(pipeline, rows[name]).values())
 
     assert counted(costs.PLAIN) == (2, 1, 0)  # predictions, calls, decodes
-    assert counted("`pag`") == (3, 2, 0)
+    assert counted("`pag`") == (3, 1, 0)  # in one batch with the others
+    assert counted("`sag`") == (3, 2, 0)
     assert counted("`blue`") == (2, 1, 1)
     assert counted("`best-of`, 2 particles") == (4, 1, 1)
     assert counted("`controlnet`") == counted("`lora`") == (2, 1, 0)
+
+
+def test_the_page_on_growth_shows_what_was_measured(script):
+    growth = script("growth")
+    result = json.loads((BENCHMARKS / "results" / "growth.json").read_text())
+    assert result.keys() == growth.AXES.keys()
+    assert growth.table(result) in (BENCHMARKS / "README.md").read_text()
+    orders = {axis: found["order"] for axis, found in result.items()}
+    # A further guide costs its own loss alone; the rest is in proportion, memory but for steps.
+    assert orders["guides"]["time"] < 0.2 and orders["guides"]["memory"] < 0.1
+    for axis, expected in (("images", 1), ("particles", 1), ("side in pixels", 2)):
+        assert orders[axis]["memory"] == pytest.approx(expected, abs=0.1)
+        assert orders[axis]["time"] == pytest.approx(expected, abs=0.3)
+    assert orders["steps"]["memory"] == pytest.approx(0, abs=0.02)
+    assert orders["steps"]["time"] == pytest.approx(1, abs=0.15)
+
+
+def test_an_order_is_the_power_of_the_last_points(script):
+    order = script("growth").order
+    assert order((1, 2, 4, 8), [7.0, 3 * 2**1.5, 3 * 4**1.5, 3 * 8**1.5]) == 1.5
+    assert order((1, 2, 4), [5.0, 5.0, 5.0]) == 0

@@ -139,7 +139,9 @@ def test_a_plugin_that_may_have_made_nan_is_named_where_no_guide_acted(sampler):
         def on_predicted_x0(self, x0, step):
             return x0 * float("inf")
 
-    with pytest.raises(NonFiniteError, match=r"No guide acted: .* or what comes from .* of 'Blows' is"):
+    with pytest.raises(
+        NonFiniteError, match=r"No guide acted: .* or what comes from .* of 'Blows' is"
+    ):
         sampler("a cat", plugins=[Blows()], steps=4, seed=0)
 
 

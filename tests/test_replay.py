@@ -148,20 +148,21 @@ def test_the_network_is_closed_whatever_the_setting_that_asks_for_it_is_called(
     settings = f'flavour = "{flavour}"\ntolerant = {str(tolerant).lower()}'
     run = f'prompt = "a cat"\nsteps = 1\nseed = 1\n[[plugins]]\nuse = "curious"\n{settings}'
     Image.new("RGB", (8, 8)).save("cat.png", **holding(run, "PNG"))
-    done = call("replay", "cat.png", "--model", model, "--out", "again.png")
+    done = call("replay", "cat.png", "--model", model, "--out", "again.png", "--anyway")
     assert done.exit_code == (0 if tolerant else 1)
     assert f"cat.png asks for the network ({flavour})" in done.stderr and "add --yes" in done.stderr
     assert ("It went on without" in done.stderr) == tolerant
-    done = call("replay", "cat.png", "--model", model, "--out", "again.png", "--yes")
+    done = call("replay", "cat.png", "--model", model, "--out", "again.png", "--yes", "--anyway")
     assert (done.exit_code == 0) == tolerant, done.output
     assert "pilotfish does for nobody" not in done.stderr
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_a_name_that_a_library_would_download_is_refused_before_anything_is_asked_for(model):
     pytest.importorskip("pilotfish_clip")
     run = 'prompt = "a"\nsteps = 1\n[[plugins]]\nuse = "clip"\nmodel = "ViT-B-32"\ntext = "b"'
     Image.new("RGB", (8, 8)).save("cat.png", **holding(run, "PNG"))
-    done = call("replay", "cat.png", "--model", model)
+    done = call("replay", "cat.png", "--model", model, "--anyway")
     assert done.exit_code == 1 and "cat.png asks for the network (" in done.stderr
 
 

@@ -3,7 +3,9 @@
 import base64
 import io
 import re
+import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -98,3 +100,48 @@ def test_a_step_shows_what_it_expects_behind_the_noise(sampler):
 def test_a_sampler_tells_what_a_run_takes(sampler):
     page = Balanced(sampler._repr_html_())
     assert page.open == [] and {"steps", "guidance_scale", "height"} <= set(page.texts)
+
+
+def test_a_notebook_shows_the_latest_step_in_one_place_and_changes_nothing(sampler, monkeypatch):
+    told, updates = [], []
+
+    def display(data, raw, display_id):
+        told.append(data)
+        return SimpleNamespace(update=lambda data, raw: updates.append(data))
+
+    shell = SimpleNamespace(kernel=1)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    dark = pilotfish.guide(lambda step: step.image.mean((1, 2, 3)), name="dark")
+    run = {"plugins": [dark], "steps": 3, "seed": 1}
+    watched = sampler("a cat", **run, show=True)
+    assert len(told) == 1 and len(updates) == 2
+    assert re.match(r"step 3 of 3: dark [\d.]+ -> [\d.]+$", updates[-1]["text/plain"])
+    first, last = (pictures(data["text/html"])[0] for data in (told[0], updates[-1]))
+    assert first.size == (128, 128) and first.tobytes() != last.tobytes()
+    assert watched.images[0].tobytes() == sampler("a cat", **run).images[0].tobytes()
+    assert len(told) == 1  # not without show=True
+    del shell.kernel  # a terminal
+    sampler("a cat", **run, show=True)
+    assert len(told) == 1
+
+
+def test_a_trace_tells_shares_and_which_guides_pulled_against_each_other():
+    def record(name, loss, share, **cosine):
+        return Record(0, 1.0, name, loss=(loss,), share=(share,), cosine=cosine)
+
+    trace = Trace(
+        [
+            *(record("blue", 0.5, 0.25, clip=(-0.6,)), record("clip", 2, 0.75, blue=(-0.6,))),
+            *(record("blue", 0.4, 0.35, clip=(-0.2,)), record("clip", 1, 0.65, blue=(-0.2,))),
+            record("calm", 1.0, 0.0, blue=(0.3,)),
+        ]
+    )
+    assert trace.told() == [
+        "blue: loss 0.5 -> 0.4 (2 steps), 30% of the moves",
+        "clip: loss 2 -> 1 (2 steps), 70% of the moves",
+        "calm: loss 1 -> 1 (1 step), 0% of the moves",
+        "blue and clip pulled against each other: cosine -0.40 on average",
+    ]
+    assert trace.told()[-1] in Balanced(trace._repr_html_()).texts
+    assert Trace([record("blue", 0.5, 1.0)]).told() == ["blue: loss 0.5 -> 0.5 (1 step)"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from ..guidance.presets import find_preset
 from ..hooks.plugin import Guide, Plugin, implemented
 from ..hooks.registry import Entry
 from ..hooks.stack import Stack
-from ..models import loading, schedulers
-from ..models.decoders import locate_tiny
-from ..models.protocol import Defaults
-from ..models.schedulers import diffusers
-from ..runs.run import FOUND, MODELS, Run
-from ..sampling.schedule import Schedule
+from ..models import places
+from ..runs.run import FOUND, MODELS, OPEN, Run
 from .listing import columns
+
+# Of those schedulers each step is one timestep, whatever their configuration says.
+PLAIN = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler")
+FILLED = ("steps", "guidance_scale", "scheduler", "height", "width")
 
 
 def plan(stack: Stack, run: Run, model: Mapping[str, str | None]) -> dict[str, Any]:
@@ -32,19 +33,23 @@ def plan(stack: Stack, run: Run, model: Mapping[str, str | None]) -> dict[str, A
         ModelError: no family takes the model.
     """
     if model["device"] is not None:
-        loading.parse_device(model["device"])
-    loading.parse_dtype(model["dtype"])
-    loading.check_offload(model["offload"])
-    name, folder, num_steps = model["model"] or "emoji", Path(loading.locate(model["model"])), None
+        from ..models.loading import parse_device
+
+        parse_device(model["device"])
+    places.dtype_name(model["dtype"])
+    places.check_offload(model["offload"])
+    name, folder, num_steps = model["model"] or "emoji", Path(places.locate(model["model"])), None
     if folder.is_file() and model["config"] is not None:
-        folder = Path(loading.locate(model["config"]))
+        folder = Path(places.locate(model["config"]))
     if folder.is_dir():
         run, num_steps = resolved(run, folder, name)
     elif run.scheduler is not None:
-        schedulers.new(run.scheduler, diffusers.DDIMScheduler())  # is there one of that name?
+        from ..models.schedulers import diffusers, new
+
+        new(run.scheduler, diffusers.DDIMScheduler())  # is there one of that name?
     kind, _, place = run.decoder.partition(":")
     if kind == "tiny" and (place or folder.is_dir()):
-        locate_tiny(place, folder)
+        places.locate_tiny(place, folder)
     return {
         "model": name,
         "num_steps": num_steps,
@@ -63,16 +68,51 @@ def resolved(run: Run, folder: Path, name: str) -> tuple[Run, int]:
         config = _read(folder / "scheduler" / "scheduler_config.json")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the model {name!r}: {error}") from error
-    loading.family_of(kind, f"model {name!r}")
+    places.find_family(kind, f"model {name!r}")
+    return by_files(run, folder, config) or by_diffusers(run, folder, kind, config)
+
+
+def by_files(run: Run, folder: Path, config: Mapping[str, Any]) -> tuple[Run, int] | None:
+    """`resolved` by the folder's files alone, without torch; None where they do not do.
+
+    They do where the model's own scheduler is a plain one, and the folder says what a run takes.
+    """
+    try:
+        own = tomllib.loads((folder / "pilotfish.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    run = _filled(run, own)
+    plain = run.scheduler is None and config["_class_name"] in PLAIN
+    # Beyond half of the levels a scheduler may refuse.
+    most = config.get("num_train_timesteps", 0) // 2
+    if not plain or own.keys() - set(OPEN) or run.guidance_scale is None:
+        return None
+    if not isinstance(run.steps, int) or not 0 < run.steps <= most:
+        return None
+    name = places.scheduler_name(config["_class_name"])
+    return run.model_copy(update={"scheduler": name}), run.steps
+
+
+def by_diffusers(run: Run, folder: Path, kind: str, config: Mapping[str, Any]) -> tuple[Run, int]:
+    """`resolved` by what diffusers' classes of the pipeline and the scheduler say."""
+    from ..models import schedulers
+    from ..models.protocol import Defaults
+    from ..models.schedulers import diffusers
+    from ..sampling.schedule import Schedule
+
     own = schedulers.named(config["_class_name"]).from_config(config)
     # Only the signature of the pipeline's class is looked at. It does not know the size.
     defaults = Defaults.of(object.__new__(getattr(diffusers, kind)), folder, 0, 0)
-    keys = ("steps", "guidance_scale", "scheduler", "height", "width")
-    left = {key: getattr(defaults, key) or None for key in keys if getattr(run, key) is None}
-    run = run.model_copy(update=left)
+    run = _filled(run, vars(defaults))
     scheduler = schedulers.new(run.scheduler, own)
     num_steps = Schedule(scheduler, run.steps or defaults.steps, set_timesteps).num_steps
     return run.model_copy(update={"scheduler": schedulers.describe(run.scheduler, own)}), num_steps
+
+
+def _filled(run: Run, own: Mapping[str, Any]) -> Run:
+    """A run with the model's values where it leaves them open."""
+    left = {key: own.get(key) or None for key in FILLED if getattr(run, key) is None}
+    return run.model_copy(update=left)
 
 
 def set_timesteps(scheduler: Any, steps: int) -> None:

@@ -17,6 +17,7 @@ from ..errors import InputError
 from .options import Options, run_options
 from .places import Output, saved, write
 from .program import debug_option
+from .starting import alone, lean
 
 if TYPE_CHECKING:
     from pilotfish_view import Film
@@ -81,6 +82,7 @@ Model = dict[str, str | None]  # as `pilotfish.load` takes it
     help="Also the run as a film: noisy latents left, predicted x0 right.",
 )
 @click.option("--film-decoded", is_flag=True, help="A sharp film, for two decodes a step.")
+@click.option("--no-preview", is_flag=True, help="No small picture above the progress bar.")
 @click.option("--dry-run", is_flag=True, help="Check and explain the run; load no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 @debug_option
@@ -94,6 +96,7 @@ def generate(
     save_run: str | None,
     film: str | None,
     film_decoded: bool,
+    no_preview: bool,
     device: str | None,
     offload: str | None,
     dry_run: bool,
@@ -113,7 +116,7 @@ def generate(
     content = compose(run_file, uses, changes, options)
     prompts = read_prompts(prompts_file, content)
     model = {**of_model(content), "device": device, "offload": offload}
-    output = Output(out, save_run, film, film_decoded, force)
+    output = Output(out, save_run, film, film_decoded, force, not no_preview)
     # Whatever a plugin or a library prints must not get between the lines of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         answers = [*answered([{**content, **p} for p in prompts], model, output, dry_run)]
@@ -136,23 +139,39 @@ def answered(
     Args:
         within: what is put around all but the model's loading.
     """
-    from ..models.loading import load
-
-    with within():
-        checked = [build(content) for content in contents]
-    if dry_run:
-        yield from (explain(*each, model) for each in checked)
-        return
-    output.check()
-    if any("prompt" not in content for content in contents):
-        raise click.UsageError(
-            'a PROMPT is missing: pilotfish generate "a campfire"; "" for a run without one'
-        )
-    loaded = load(**model)
+    with lean():
+        if not dry_run:
+            click.echo(f"loading {loads(contents, model)} ...", err=True)
+        with within():
+            checked = [build(content) for content in contents]
+        if dry_run:
+            yield from [explain(*each, model) for each in checked]
+            return
+        output.check()
+        if any("prompt" not in content for content in contents):
+            raise click.UsageError(
+                'a PROMPT is missing: pilotfish generate "a campfire"; "" for a run without one'
+            )
+        loaded = load_model(model)
     for stack, run in checked:
         with within():
             answer = make_pictures(stack, run, loaded, output)
         yield answer
+
+
+def loads(contents: Sequence[dict[str, Any]], model: Model) -> str:
+    """What runs load, for who waits for it: `emoji with blue, clip`."""
+    uses = [str(item.get("use")) for content in contents for item in content["plugins"]]
+    plugins = ", ".join(dict.fromkeys(uses))
+    return f"{model['model'] or 'emoji'}{' with ' * bool(plugins)}{plugins}"
+
+
+def load_model(model: Model) -> LatentDiffusion:
+    """See `pilotfish.load`."""
+    with alone():
+        from ..models.loading import load
+
+        return load(**model)
 
 
 def read_prompts(file: str | None, content: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -188,8 +207,8 @@ def build(content: Mapping[str, Any]) -> tuple[Stack, Run]:
     from ..hooks.stack import Stack
     from ..runs.run import Run
 
-    stack = Stack(content["plugins"])
-    return stack, Run(**{key: value for key, value in content.items() if key != "plugins"})
+    run = Run(**{key: value for key, value in content.items() if key != "plugins"})
+    return Stack(run.prepared(content["plugins"])), run
 
 
 def explain(stack: Stack, run: Run, model: Model) -> tuple[str, dict[str, Any]]:
@@ -213,7 +232,7 @@ def make_pictures(
         more["run_file"] = str(output.unused(Path(output.save_run)))
         write(Path(more["run_file"]), stream.run.to_toml())
     place = output.pictures(stream.run)
-    result, seconds = watch(stream, film)
+    result, seconds = watch(stream, film, output.preview)
     files = saved(result, place)
     text, answer = report(result, files, seconds), summary(result, files, seconds)
     if film is not None and output.film is not None:
@@ -231,17 +250,23 @@ def start(stack: Stack, run: Run, model: LatentDiffusion) -> Stream:
     return Stream(Sampling(model, run, stack))
 
 
-def watch(stream: Stream, film: Film | None = None) -> tuple[Result, float]:
+def watch(stream: Stream, film: Film | None = None, preview: bool = True) -> tuple[Result, float]:
     """Take all steps under a progress bar; the result and the seconds it took."""
     from tqdm import tqdm
 
+    from .preview import fits, thumbnail
     from .report import latest_losses
 
     begin = time.perf_counter()
-    with contextlib.closing(stream), tqdm(total=len(stream), unit="step", file=sys.stderr) as bar:
+    with contextlib.ExitStack() as opened:
+        opened.enter_context(contextlib.closing(stream))
+        bar = opened.enter_context(tqdm(total=len(stream), unit="step", file=sys.stderr))
+        draw = opened.enter_context(thumbnail(bar)) if preview and fits() else None
         for step in stream:
             bar.set_postfix_str(latest_losses(stream.trace), refresh=False)
             bar.update(step.index + 1 - bar.n)
+            if draw is not None:
+                draw(step)
             if film is not None:
                 film.add(step)
         result = stream.result()

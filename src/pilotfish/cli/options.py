@@ -27,8 +27,10 @@ def run_options(command: Command) -> Command:
         if name == "height":
             option, metavar = "size", "WIDTHxHEIGHT"
             description = f"width and height, {description}"
-        add = click.option(f"--{option}", metavar=metavar, help=told(description, field))
-        command = add(command)
+        how: dict[str, Any] = {"metavar": metavar}
+        if field.annotation is bool:
+            how = {"flag_value": "true", "default": None}
+        command = click.option(f"--{option}", help=told(description, field), **how)(command)
     return command
 
 
@@ -65,6 +67,7 @@ def told(description: str, field: FieldInfo) -> str:
     """A key's help: a sentence, and what it is where nothing is given."""
     default = field.default if _more(field)["none"] is None else _more(field)["none"]
     text = f"{description[0].upper()}{description[1:]}."
+    default = None if field.annotation is bool else default  # off
     return f"{text}  [default: {default}]" if default else text
 
 

@@ -18,8 +18,11 @@ def compose(
     changes: tuple[str, ...],
     options: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """The keys of a run: the file's, then `--set`, then the options that were given."""
-    content = Run.read(run_file) if run_file is not None else {"plugins": []}
+    """The keys of a run: the file's, then `--set`, then the options that were given.
+
+    A run file is there to be changed: what differs from what it was made with is told, no more.
+    """
+    content = {**Run.read(run_file), "anyway": True} if run_file is not None else {"plugins": []}
     return completed(content, uses, changes, options)
 
 

@@ -32,6 +32,7 @@ class Output:
         save_run, film: for the run file and the film; None is none.
         film_decoded: a sharp film.
         force: write over what is there.
+        preview: a small picture above the progress bar, where a terminal can.
     """
 
     out: str | None = None
@@ -39,6 +40,7 @@ class Output:
     film: str | None = None
     film_decoded: bool = False
     force: bool = False
+    preview: bool = True
 
     def check(self) -> None:
         """Find out before the model is loaded whether the places can be written.

@@ -62,7 +62,7 @@ def _class(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
 
 def _origin(statement: ast.ImportFrom, module: str) -> str:
     """The module that `from ... import` in a module names."""
-    spec = _spec(module)
+    spec = spec_of(module)
     assert spec is not None  # it has been read
     package = module if spec.submodule_search_locations else module.rpartition(".")[0]
     return resolve_name("." * statement.level + (statement.module or ""), package)
@@ -71,14 +71,14 @@ def _origin(statement: ast.ImportFrom, module: str) -> str:
 @functools.cache
 def _statements(module: str) -> list[ast.stmt]:
     """The statements of a module; none where there is no source that can be read."""
-    spec = _spec(module)
+    spec = spec_of(module)
     try:
         return ast.parse(Path(spec.origin).read_bytes()).body if spec and spec.origin else []
     except (OSError, SyntaxError, ValueError):
         return []
 
 
-def _spec(module: str) -> ModuleSpec | None:
+def spec_of(module: str) -> ModuleSpec | None:
     """Where a module is; `importlib.util.find_spec` would import the package around it."""
     top, *parts = module.split(".")
     spec = find_spec(top)

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import InputError
 from ..guidance.presets import PRESETS
 from ..hooks.registry import MODEL_GROUP, installed
+from ..runs.made_with import settings, texts
 from ..runs.metadata import PIXELS
 from ..runs.run import Run
 from .overrides import as_table
@@ -46,8 +47,9 @@ def asks(content: Mapping[str, Any]) -> Iterator[str]:
         model = content.get(key)
         if model is not None and str(model) not in installed(MODEL_GROUP):
             yield f"{key} {model!r}, a folder or a download"
+    carried = _table(_table(content.get("made_with")).get("embedded"))
     for plugin in content["plugins"]:
-        yield from _plugin_asks(plugin)
+        yield from _plugin_asks(plugin, carried)
     if ":" in (decoder := str(content.get("decoder", ""))):
         yield f"decoder {decoder!r}, a folder or a download"
     scheduler = content.get("scheduler")
@@ -59,29 +61,20 @@ def asks(content: Mapping[str, Any]) -> Iterator[str]:
     yield from _work(content)
 
 
-def _plugin_asks(plugin: Any) -> Iterator[str]:
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}  # refused later
+
+
+def _plugin_asks(plugin: Any, carried: Mapping[str, Any]) -> Iterator[str]:
     if not isinstance(plugin, Mapping):
         return  # refused later
     use = str(plugin.get("use", ""))
     if ":" in use or use.endswith(".py"):
         yield f"plugin {use!r}, code outside of the installed plugins"
-    for setting, value in plugin.items():
-        if setting not in ("use", "name"):
-            for text in _texts(value):
-                if _is_place(text):
-                    yield f"{setting} = {text!r} of plugin {use!r}, a file, an address or code"
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a setting's value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+    for setting, value in settings(plugin).items():
+        for text in texts(value):
+            if text not in carried and _is_place(text):
+                yield f"{setting} = {text!r} of plugin {use!r}, a file, an address or code"
 
 
 def _is_place(text: str) -> bool:
@@ -135,8 +128,11 @@ def offline(origin: str, advice: str | None = None) -> Iterator[None]:
     asked: list[str] = []
     _watched.append(asked)
     try:
-        yield
+        with _hub_offline():
+            yield
     except Exception as error:
+        if "OfflineModeIsEnabled" in {type(e).__name__ for e in _causes(error)}:
+            asked.append("the Hugging Face hub")
         if asked:
             raise InputError(_refusal(origin, asked, advice)) from error
         raise
@@ -144,6 +140,25 @@ def offline(origin: str, advice: str | None = None) -> Iterator[None]:
         _watched.remove(asked)
     if asked:
         warnings.warn(f"{_refusal(origin, asked, advice)}. It went on without", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _hub_offline() -> Iterator[None]:
+    """Its client, which would try what is refused again for most of a minute, does not try."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @functools.cache

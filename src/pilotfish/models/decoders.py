@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError, ModelError
+from ..errors import ModelError
 from ..guidance.noise import at_least_float32
 from .hub import load_config
 from .schedulers import diffusers
@@ -58,24 +56,6 @@ def linear(matrix: Tensor, latents: Tensor) -> Tensor:
     matrix = matrix.to(latents.device)
     colors = torch.einsum("bchw,cr->brhw", latents.float(), matrix[:-1])
     return colors + matrix[-1].view(1, 3, 1, 1)
-
-
-def locate_tiny(place: str, folder: Path | None) -> str:
-    """Folder or hub id of a tiny decoder; for no place, `tiny_vae/` of the model's folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    target = os.path.expanduser(place or f"{folder or 'FOLDER'}/tiny_vae")
-    if not place and not os.path.isdir(target):
-        raise InputError(
-            f"decoder 'tiny' takes the model's own, {target}, which does not exist. Name an "
-            "AutoencoderTiny made for this model's latents, decoder='tiny:FOLDER_OR_HUB_ID' "
-            "(tiny:madebyollin/taesd for Stable Diffusion 1.x and 2.x), or use 'linear'"
-        )
-    if place.startswith((".", "/", "~")) and not os.path.isdir(target):
-        raise InputError(f"decoder 'tiny:{place}': no such folder")
-    return target
 
 
 def load_tiny(target: str, channels: int, factor: int, dtype: torch.dtype) -> Any:

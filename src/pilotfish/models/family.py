@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ModelError
 from ..guidance.noise import at_least_float32, draw
-from . import decoders, schedulers
+from . import decoders, places, schedulers
 from .checkpointing import checkpoint_layers
 from .copies import float32, has_hooks, offload_hook, own_copy
+from .fingerprint import Fingerprint
 from .protocol import Again, Defaults, Generators, TextEncoder
 from .schedulers import diffusers
 from .text import ClipText
@@ -63,6 +64,7 @@ class PipelineFamily:
         origin = getattr(pipeline, "name_or_path", None)  # None if it was put together in Python
         self.folder = Path(origin) if origin and Path(origin).is_dir() else None
         self._made: dict[Any, Any] = {}  # from these networks, for all runs
+        self.fingerprint = Fingerprint(pipeline)
         self._read()
 
     # ---- what a family says of itself ----
@@ -203,9 +205,8 @@ class PipelineFamily:
     def set_timesteps(self, scheduler: Any, steps: int, shape: Sequence[int]) -> None:
         """The scheduler's own choice; shifted by the size where it asks for that."""
         own = self._sigmas(steps, scheduler.config)
-        takes = inspect.signature(scheduler.set_timesteps).parameters
         options: dict[str, Any] = {"num_inference_steps": steps}
-        if own is not None and "sigmas" in takes:
+        if own is not None and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             options = {"sigmas": own}
         if scheduler.config.get("use_dynamic_shifting"):
             options["mu"] = self._shift(scheduler.config, steps, shape)
@@ -262,8 +263,7 @@ class PipelineFamily:
 
     def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
         scaled = self._to_vae(latents.to(decoders.dtype_of(vae)))
-        image = self._picture(vae.decode(scaled, return_dict=False)[0])  # (B, 3, 8H, 8W)
-        return at_least_float32(image) / 2 + 0.5
+        return at_least_float32(self._picture(vae.decode(scaled, return_dict=False)[0])) / 2 + 0.5
 
     def _vae_float32(self) -> Any:
         return float32(self._pipeline.vae, self._made)
@@ -277,7 +277,7 @@ class PipelineFamily:
         kind, _, place = name.partition(":")
         if kind != "tiny":
             return self.decode if kind == "vae" else self._enlarged_rgb
-        target = decoders.locate_tiny(place, self.folder)
+        target = places.locate_tiny(place, self.folder)
         if target not in self._made:
             tiny = decoders.load_tiny(target, self._channels, self.factor, self.dtype)
             self._made[target] = tiny.to(self.device)

@@ -11,17 +11,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..errors import InputError, ModelError, unknown
+from ..errors import InputError, ModelError
 from ..hooks import registry
 from .hub import load_config
+from .places import check_offload, dtype_name, find_family, locate
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
-from .single_file import PICKLES, Checkpoint, locate_file
+from .single_file import Checkpoint
 from .weights import load_networks
 
 import transformers  # isort: skip  # after torchvision is mended
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Those options of `from_pretrained` that say where to find a model.
 PLACE = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
@@ -106,71 +106,14 @@ def adapt(pipeline: Any, id: str | None = None, offload: str | None = None) -> L
     return cast("LatentDiffusion", adapted)
 
 
-def check_offload(offload: str | None) -> None:
-    """Refuse what is not offloaded here.
-
-    Raises:
-        InputError: see there.
-    """
-    if offload not in (None, "text"):
-        raise InputError(f"offload must be 'text', or None for nothing; got {offload!r}")
-
-
 def family_of(name: str, owner: str) -> Any:
-    """The adapter for pipelines of that class name.
-
-    Raises:
-        ModelError: there is none; names those that there are.
-    """
-    known = registry.installed(registry.FAMILY_GROUP)
-    if name not in known:
-        raise ModelError(
-            f"{owner} is a {name or 'pipeline without a name'}, and no model family here takes "
-            f"that. Families: {', '.join(known)}"
-        )
-    return registry.load_object(registry.find(name, registry.FAMILY_GROUP).target, f"family {name}")
-
-
-def locate(model: str | Path | None) -> str:
-    """A folder, file or hub id: the one given, or an installed model's folder (default: "emoji").
-
-    Raises:
-        InputError: there is no such folder, file or installed model, it is no .safetensors file, or
-            no model was named and the one that ships is not installed.
-    """
-    name = "emoji" if model is None else str(model)
-    known = registry.installed(registry.MODEL_GROUP)
-    if name in known:
-        entry = registry.find(name, registry.MODEL_GROUP)
-        return str(registry.load_object(entry.target, f"model {name!r}"))
-    if model is None:
-        raise InputError(
-            "the model that ships is not installed: pip install pilotfish-emoji "
-            "(or name another one: a diffusers folder or a hub id)"
-        )
-    place = Path(os.path.expanduser(name))
-    if place.is_file() or place.suffix in (".safetensors", *PICKLES):
-        return locate_file(name)
-    if name.startswith((".", "/", "~")) and not place.is_dir():
-        raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
-    if not place.is_dir() and "/" not in name:
-        raise InputError(
-            f"{unknown('model', name, known)}. A folder in the diffusers layout, one .safetensors "
-            "file, or a hub id, OWNER/NAME, does as well"
-        )
-    return str(place) if place.is_dir() else name
+    """The adapter for pipelines of that class name; see `find_family`."""
+    return registry.load_object(find_family(name, owner).target, f"family {name}")
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A number format from its name; None is float32.
-
-    Raises:
-        InputError: there is none of that name, or no model runs in it; names those that there are.
-    """
-    name = str(dtype or torch.float32).removeprefix("torch.")
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
-    return DTYPES[name]
+    """A number format from its name; see `dtype_name`."""
+    return cast("torch.dtype", getattr(torch, dtype_name(dtype)))
 
 
 @contextlib.contextmanager

@@ -260,6 +260,12 @@ class LatentDiffusion(Protocol):
     @property
     def sites(self) -> Sequence[Site]: ...
 
+    def fingerprint(self) -> str | None:
+        """A hash that the networks' weights, as they are now, share with no others; None: unknown.
+
+        Cheap: every run asks for it, before its first step.
+        """
+
     def pipeline(self) -> Any:
         """A pipeline of diffusers over these networks, for its loaders; None where there is none.
 

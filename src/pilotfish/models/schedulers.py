@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError, unknown
+from .places import scheduler_name
 from .torchvision import mend_torchvision
 
 mend_torchvision()
@@ -206,8 +207,7 @@ def short_name(scheduler: type[Any]) -> str:
         )
     if getattr(diffusers, scheduler.__name__, None) is not scheduler:
         return f"{scheduler.__module__}:{scheduler.__qualname__}"
-    name = re.sub("Scheduler|Discrete", "", scheduler.__name__)
-    return re.sub("(?<=.)(?=Multistep|Singlestep|Ancestral|SDE|Euler)", "-", name).lower()
+    return scheduler_name(scheduler.__name__)
 
 
 def available() -> dict[str, type[Any]]:

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import InputError, ModelError
+from ..errors import ModelError
 from .hub import load_config
 from .schedulers import diffusers
 from .weights import check_shapes, check_whole, load_networks, told_of, without_value
@@ -34,26 +34,6 @@ BEGIN = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("cond_stage_model.", "conditioner.", "text_encoders."),
 }
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-
-
-def locate_file(name: str) -> str:
-    """The file's path.
-
-    Raises:
-        InputError: it is not there, or of a kind that is not read.
-    """
-    place = Path(os.path.expanduser(name))
-    takes = "expected a folder in the diffusers layout, a hub id or one .safetensors file"
-    if place.suffix in PICKLES:
-        raise InputError(
-            f"{name} is a pickle, which can run any code when it is read; {takes}. Its tensors can "
-            "be written as one: safetensors.torch.save_file(torch.load(FILE, weights_only=True))"
-        )
-    if place.suffix != ".safetensors" or not place.is_file():
-        what = "is a file of another kind" if place.is_file() else "is not there"
-        raise InputError(f"{name} {what}; {takes}")
-    return str(place)
 
 
 @dataclass(frozen=True)

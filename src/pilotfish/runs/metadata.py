@@ -11,13 +11,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import GuideWarning, InputError, PilotfishError
+from .made_with import ALL
 
 if TYPE_CHECKING:
     from .run import Run
 
 PIXELS: Final = 32_000_000  # of a file that anybody may have made
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
-KEY, LENGTH = "pilotfish", 256_000  # before the run, or its name among texts; its most characters
+KEY: Final = "pilotfish"  # before the run, or its name among texts
+LENGTH: Final = 256_000 + 4 * ALL // 3  # characters: of a run, and of its input files
 EXIF, USER_COMMENT = 0x8769, 0x9286  # Exif 2.32, 4.6.5: tags of a JPEG and a WebP
 UNICODE: Final = b"UNICODE\0"  # ... and what a comment in UTF-16 begins with
 SEGMENT: Final = 65_533 - 6  # bytes that a JPEG can hold of Exif
@@ -83,7 +85,7 @@ def read_run(path: str | Path) -> str:
 
     Raises:
         InputError: not a PNG, JPEG or WebP, one of more than 32 megapixels, or no run in it, or one
-            of more than 256,000 characters.
+            of more than about 1.6 million characters.
     """
     try:  # a warning would be of its size, for which the limit is ours
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as opened:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from ..errors import InputError, PilotfishError, explain, in_utf8, unknown
 from ..guidance.presets import PRESETS, find_preset
+from .made_with import MadeWith, Unpacked, tell
 
 _CALLED = {  # what it is here, and what other programs call it
     "steps": "num_inference_steps",
@@ -101,6 +101,9 @@ class Run(pydantic.BaseModel):
         model_id: folder, file or hub id of the model; None if unknown.
         config: of a single file, see `pilotfish.load`.
         dtype: the networks' number format.
+        made_with: weights, packages and input files that it was made with, where it comes from a
+            file; a run that would have others is refused before its first step.
+        anyway: or is not, and what differs is a warning.
     """
 
     model_config = pydantic.ConfigDict(
@@ -166,11 +169,19 @@ class Run(pydantic.BaseModel):
         "each guide's loss on them",
         "vae|tiny|tiny:FOLDER|linear",
     )
+    embed_inputs: bool = _key(
+        False,
+        "small input files (pictures, .safetensors; at most 256 kB each, 1 MB in all) travel in "
+        "the run, and so in the picture's file",
+    )
     plugins: tuple[Any, ...] = Field((), repr=False)
     model_id: str | None = None
     config: str | None = None
     dtype: str | None = None
+    made_with: MadeWith | None = Field(None, repr=False)
+    anyway: bool = False
 
+    _inputs: Unpacked = PrivateAttr(Unpacked())
     _model: Any = PrivateAttr(None)
 
     _in_utf8 = pydantic.field_validator(
@@ -203,8 +214,30 @@ class Run(pydantic.BaseModel):
         scale: float | None = self._model.cfg_scale(self)
         return scale
 
+    def prepared(self, plugins: Sequence[object]) -> Sequence[object]:
+        """The plugins as a stack takes them, with the input files of `made_with` in place.
+
+        Raises:
+            InputError: they, or their input files, are not those of `made_with`.
+
+        Warns:
+            UserWarning: a package is of another version, or what differs, if it goes on anyway.
+        """
+        if self.made_with is None:
+            return plugins
+        self._inputs = self.made_with.unpacked()
+        tables = [item for item in plugins if isinstance(item, Mapping)]
+        here = MadeWith.here(tables, places=self._inputs.places)
+        tell(self.made_with.differences(tables, here), self.anyway)
+        tell(self.made_with.releases(here), anyway=True)
+        return [self._inputs.local(p) if isinstance(p, Mapping) else p for p in plugins]
+
     def resolved(self, model: Any, plugins: tuple[Mapping[str, Any], ...]) -> Run:
-        """The run with everything resolved that the user left open."""
+        """The run with everything resolved that the user left open.
+
+        Raises:
+            InputError: a value is none for this model, or its weights are not those of `made_with`.
+        """
         found = {key: getattr(self, key) for key in OPEN}
         for key in OWN:
             if found[key] is not None and getattr(model.defaults, key) is None:
@@ -213,8 +246,14 @@ class Run(pydantic.BaseModel):
         found["scheduler"] = model.describe_scheduler(found["scheduler"])
         model.latent_shape(found["height"], found["width"])
         dtype = str(model.dtype).removeprefix("torch.")
+        plugins = tuple(map(self._inputs.called, plugins))
+        here = MadeWith.here(plugins, model.fingerprint(), self.embed_inputs, self._inputs.places)
+        if self.made_with is not None:
+            tell(self.made_with.other_weights(here), self.anyway)
         more = {"model_id": model.id, "config": model.config, "dtype": dtype, "plugins": plugins}
-        return self.model_copy(update={**found, **more})
+        run = self.model_copy(update={**found, **more, "made_with": here, "anyway": False})
+        run._inputs = Unpacked()
+        return run
 
     def to_toml(self) -> str:
         """The run as a file for `pilotfish generate --run`.
@@ -230,13 +269,13 @@ class Run(pydantic.BaseModel):
             )
         preset = find_preset(self.preset)
         content = {
-            "pilotfish": version("pilotfish"),
             "model": self.model_id,
             "config": self.config,
             "dtype": self.dtype,
             **{key: getattr(self, key) for key in KEYS},
             "preset": preset.name if preset == PRESETS.get(preset.name) else preset.changes(),
             "plugins": [_without_none(table) for table in self.plugins],
+            "made_with": self.made_with and self.made_with.model_dump(exclude_defaults=True),
         }
         text = tomli_w.dumps(_without_none(content))
         try:
@@ -247,7 +286,7 @@ class Run(pydantic.BaseModel):
 
     @classmethod
     def parse(cls, text: str, origin: str = "the run file") -> dict[str, Any]:
-        """The keyword arguments that a run file holds, `plugins` and `MODEL_KEYS` among them.
+        """The keyword arguments that a run file holds; `MODEL_KEYS` among them are for `load`.
 
         Raises:
             InputError: not TOML, or an unknown key; names the file.
@@ -258,9 +297,8 @@ class Run(pydantic.BaseModel):
             json = text.lstrip().startswith("{")
             hint = ". It looks like JSON; TOML has lines such as: steps = 20" if json else ""
             raise InputError(f"{origin} is not valid TOML: {error}{hint}") from None
-        content.pop("pilotfish", None)
         for key in content:
-            if key not in (known := (*KEYS, *MODEL_KEYS, "plugins")):
+            if key not in (known := (*KEYS, *MODEL_KEYS, "plugins", "made_with")):
                 raise InputError(f"{origin}: {unknown_key('key', key, known)}")
         if not isinstance(content.setdefault("plugins", []), list):
             raise InputError(f"{origin}: plugins must be [[plugins]] tables")
@@ -280,7 +318,8 @@ class Run(pydantic.BaseModel):
         return cls.parse(text, str(path))
 
 
-FOUND = ("plugins", "model_id", "config", "dtype")
+BESIDE = ("made_with", "anyway")  # which a sampler takes too
+FOUND = ("plugins", "model_id", "config", "dtype", *BESIDE)
 MODEL_KEYS = ("model", "config", "dtype")  # of a run file, as `pilotfish.load` takes them
 KEYS = {name: field for name, field in Run.model_fields.items() if name not in FOUND}
 """What a user may say of a run, beside its plugins and its model."""
@@ -293,7 +332,7 @@ def check_keywords(options: Mapping[str, Any]) -> None:
         InputError: names the right one, also where another program calls it so.
     """
     for name in options:
-        if name not in KEYS:
+        if name not in (*KEYS, *BESIDE):
             raise unknown_key("option of a run", name, [*KEYS, "plugins"])
 
 

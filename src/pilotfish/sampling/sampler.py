@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,9 +75,9 @@ class Stream(Iterator[Step]):
         trace: as in `Result`; it grows with the steps.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, *, show: bool = False) -> None:
         self._sampling = sampling
-        self._steps = sampling.steps()
+        self._steps = _showing(sampling) if show else sampling.steps()
         self.run, self.trace = sampling.described, sampling.trace
 
     def __next__(self) -> Step:
@@ -151,7 +152,9 @@ class Sampler:
         Args:
             plugins: in order; instances, strings `"blue:scale=2,every=5"`, mappings
                 `{"use": "blue", "scale": 2}`, or functions of a step: losses.
-            options: see `pilotfish.Run`.
+            options: see `pilotfish.Run`. With `made_with`, as `Run.read` gives it, what differs
+                from what the picture was made with is refused; `anyway=True` lets it go on.
+                `show=True` as in `stream`.
 
         Raises:
             InputError: a value or name is wrong; nothing has run then.
@@ -195,18 +198,38 @@ class Sampler:
             InputError, PluginError: as `__call__`.
         """
         usual = {"preset": KEYS["preset"].default, "decoder": "vae", "on_error": "raise"}
-        run = result.run.model_copy(update=usual)
+        run = result.run.model_copy(update={**usual, "made_with": None})
         sampling = Sampling(self.model, run, Stack(plugins), measuring=True)
         trace = sampling.judge(result.latents)
         if failed := next((record for record in trace if record.error), None):
             raise PluginError(str(failed.error), plugin=failed.plugin, hook="loss_guidance")
         return {record.plugin: record.loss for record in trace}
 
-    def stream(self, prompt: str = "", *, plugins: Sequence[object] = (), **options: Any) -> Stream:
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        plugins: Sequence[object] = (),
+        show: bool = False,
+        **options: Any,
+    ) -> Stream:
         """The same as an iterator over steps: watch, preview, or break when it is good enough.
 
-        Everything is checked before the first step is asked for. Arguments as in `__call__`.
+        Everything is checked before the first step is asked for. Other arguments as in `__call__`.
+
+        Args:
+            show: in a notebook, small pictures that change with every step, by the linear estimate
+                of the colours: no decode. Anywhere else nothing.
         """
         check_keywords(options)
-        stack = Stack(plugins)
-        return Stream(Sampling(self.model, Run(prompt=prompt, **options), stack))
+        run = Run(prompt=prompt, **options)
+        return Stream(Sampling(self.model, run, Stack(run.prepared(plugins))), show=show)
+
+
+def _showing(sampling: Sampling) -> Generator[Step]:
+    """The steps of a run, each shown where a notebook can."""
+    live = shown.Live()
+    with contextlib.closing(sampling.steps()) as steps:
+        for step in steps:
+            live.show(step, sampling.trace)
+            yield step

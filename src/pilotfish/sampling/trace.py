@@ -83,6 +83,10 @@ class Trace(list[Record]):
         """Two guides' cosine over the steps on which it is known, mean over the images."""
         return [_mean(r.cosine[other]) for r in self.of(plugin) if other in r.cosine]
 
+    def told(self) -> list[str]:
+        """What each guide did, and which pulled against each other, on a line each."""
+        return [*shown.guide_lines(self), *shown.conflicts(self)]
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """Plain data, for JSON or a data frame."""
         return [asdict(record) for record in self]

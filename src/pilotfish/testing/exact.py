@@ -61,6 +61,10 @@ class GaussianModel:
         """The model's own."""
         return self.dtype
 
+    def fingerprint(self) -> str:
+        """Of the data that it knows."""
+        return f"gaussian-{self.std:g}"
+
     def pipeline(self) -> None:
         """diffusers has none."""
 

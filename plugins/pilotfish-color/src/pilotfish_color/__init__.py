@@ -8,15 +8,14 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import torch
 from PIL import Image, ImageColor
 from pydantic import ValidationInfo, field_validator, model_validator
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
-from pilotfish import Guide, Setting, read_picture
+from pilotfish import Guide, Setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pilotfish import Step
 
 __all__ = ["Blue", "Palette"]
@@ -114,6 +113,8 @@ class Palette(Guide):
             super().__init__(**{**settings, **taken})
 
     def loss_guidance(self, step: Step) -> Tensor:
+        from torch.nn.functional import avg_pool2d  # here, so that a dry run loads no torch
+
         settings = self.settings
         exact = settings.weights is not None
         weights = settings.weights if exact else [1.0] * len(settings.colors)
@@ -138,10 +139,10 @@ def oklab(rgb: Tensor) -> Tensor:
     slope is infinite at black.
     """
     bright = ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4
-    linear = torch.where(rgb > 0.04045, bright, rgb / 12.92)
+    linear = bright.where(rgb > 0.04045, rgb / 12.92)
     cones = (linear[..., None, :] * rgb.new_tensor(_TO_CONES)).sum(-1)
     dark = 0.1 + (cones - 1e-3) / (3 * 0.1**2)
-    roots = torch.where(cones > 1e-3, cones.clamp(min=1e-3) ** (1 / 3), dark)
+    roots = (cones.clamp(min=1e-3) ** (1 / 3)).where(cones > 1e-3, dark)
     # Sums, not matrix products: those are half precision under autocast, TF32 on some GPUs.
     return (roots[..., None, :] * rgb.new_tensor(_TO_OKLAB)).sum(-1)
 
@@ -161,6 +162,8 @@ def transport_cost(distance: Tensor, shares: Tensor, exact: bool) -> Tensor:
         shares: (colours,), positive, of sum at most 1.
         exact: each colour gets its share; otherwise at least that.
     """
+    import torch
+
     with torch.no_grad():
         bonus = torch.zeros_like(distance[:, :1])  # (B, 1, colours)
         for softness in (max(SOFTNESS, 0.3 * 0.8**i) for i in range(ROUNDS)):
@@ -178,6 +181,8 @@ def colors_of(path: Path, count: int) -> tuple[list[str], list[float]]:
     Raises:
         SettingsError: it cannot be read, or is too large.
     """
+    from pilotfish import read_picture  # which loads torch
+
     picture = read_picture(path, "Palette: image")
     picture.thumbnail((256, 256), Image.Resampling.NEAREST)  # others mix colours
     reduced = picture.quantize(count, Image.Quantize.MEDIANCUT, kmeans=1)

@@ -17,7 +17,7 @@ from .stack import normal
 MODEL = ("model", "config", "dtype")  # of a run's content, for `pilotfish.load`
 # What every page shows of a run; the other keys stand under "more".
 FIRST = ("prompt", "negative_prompt", "steps", "guidance_scale", "seed", "preset")
-FOUND = ("plugins", "model_id", "config", "dtype")
+FOUND = ("plugins", "model_id", "config", "dtype", "made_with", "anyway")
 MORE = tuple(key for key in Run.model_fields if key not in (*FIRST, *FOUND))
 
 

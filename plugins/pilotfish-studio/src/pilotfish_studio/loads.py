@@ -38,7 +38,8 @@ class Loads:
             if file is None:
                 raise gr.Error("choose a picture first")
             name = Path(file).name
-            content, asked = foreign_run(read_run(file), name)
+            # Without the files that it may carry: each that it names is asked for.
+            content, asked = foreign_run(read_run(file), name, made_with=None)
             content = functools.reduce(changed, split_values(changes) if changes else (), content)
             if not asked:
                 return self._taken(page, version, content, name)

@@ -84,6 +84,7 @@ class Sweep:
         if not isinstance(scores, list) or not all(isinstance(s, dict) for s in scores):
             raise InputError(f"{origin}: scores must be [[scores]] tables with use or judge")
         base, found = pilotfish.Run.parse(tomli_w.dumps(rest), origin), dimensions(axes, folder)
+        base.pop("made_with", None)  # its cells are other runs
         if "seed" not in base and not any("seed" in dimension.keys for dimension in found):
             base["seed"] = SEED
         return cls(base, tuple(found), tuple(scores))

@@ -49,6 +49,7 @@ def grid(
     from pilotfish import Run, changed
 
     content = functools.reduce(changed, changes, Run.read(run_file))
+    content.pop("made_with", None)  # these runs are others
     if model is not None:
         content["model"] = model
     with contextlib.redirect_stdout(sys.stderr):  # what plugins print
