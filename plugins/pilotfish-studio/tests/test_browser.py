@@ -56,7 +56,7 @@ def address(tmp_path_factory, folder):
     with server, server.stdout:
         yield server.stdout.readline().split()[0]
         server.terminate()
-        assert server.wait(20) == 143
+        assert server.wait(60) == 143
 
 
 @pytest.fixture(scope="module")
