@@ -1,5 +1,6 @@
 # `make demo` shows the main job, `make gallery` runs all examples, `make test` checks everything,
-# `make docs` builds the site; all set up .venv first.
+# `make fuzz` tries thousands of broken files and odd commands, `make docs` builds the site; all set
+# up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
@@ -7,7 +8,7 @@ PLUGINS := $(sort $(dir $(wildcard plugins/*/pyproject.toml)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 PROJECTS := pyproject.toml $(addsuffix pyproject.toml,$(PLUGINS))
 
-.PHONY: demo gallery test fast lint docs setup
+.PHONY: demo gallery test fast fuzz lint docs setup
 
 demo: setup
 	$(BIN)/python examples/campfire.py
@@ -20,6 +21,10 @@ test: setup lint docs
 
 fast: setup
 	$(PYTEST) -m "not slow and not gpu"
+
+# New cases each time: 2,000 of each kind, and 500 stacks against a plain loop. Half an hour of a core.
+fuzz: setup
+	OMP_NUM_THREADS=1 PILOTFISH_FUZZ=2000 $(BIN)/python -m pytest -q -p no:xdist tests/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -117,7 +117,7 @@ def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(
     Path("folder.png").mkdir()
     done = generate("./nothing", "a cat", option, place)
     assert done.exit_code == 1
-    assert done.stderr.startswith(f"error: cannot write {place}: ") and words in done.stderr.lower()
+    assert f"\nerror: cannot write {place}: " in done.stderr and words in done.stderr.lower()
 
 
 def test_a_picture_whose_place_fails_by_the_end_is_kept_elsewhere(

@@ -59,12 +59,13 @@ class OutOfMemoryError(PilotfishError):
     """The device's memory was not enough, for one image neither; tells what helps.
 
     Attributes:
-        latents: (B, C, H, W), as far as the run had come; finished where only their decode failed.
+        latents: (B, C, H, W), as far as the run had come.
+        finished: whether that is to its end, and only their decode failed.
     """
 
-    def __init__(self, message: str, *, latents: Any = None) -> None:
+    def __init__(self, message: str, *, latents: Any = None, finished: bool = False) -> None:
         super().__init__(message)
-        self.latents = latents
+        self.latents, self.finished = latents, finished
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

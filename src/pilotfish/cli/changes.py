@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_origin
 
@@ -14,6 +13,7 @@ from ..hooks.registry import Entry, use_of
 from ..hooks.stack import by_name
 from ..hooks.use import parse_use, parse_value
 from ..runs.run import KEYS, MODEL_KEYS, unknown_key
+from ..runs.toml import read_toml
 
 # Keys of a run whose value is text as it stands; the others are TOML values.
 TEXT_KEYS = {
@@ -118,6 +118,6 @@ def _known_key(key: str) -> str:
 def _toml_value(key: str, text: str) -> Any:
     """A number, a table ... as in a run file; what is none of these stays text."""
     if key not in TEXT_KEYS or text[:1] in ("'", '"'):
-        with contextlib.suppress(tomllib.TOMLDecodeError):
-            return tomllib.loads(f"value = {text}")["value"]
+        with contextlib.suppress(InputError):
+            return read_toml(f"value = {text}", "the value")["value"]
     return text

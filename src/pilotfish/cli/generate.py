@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import InputError
+from ..errors import InputError, OutOfMemoryError
 from .options import Options, run_options
-from .places import Output, saved, write
+from .places import Output, saved, with_latents, write
 from .program import debug_option
 from .starting import alone, lean
 
@@ -187,7 +187,7 @@ def read_prompts(file: str | None, content: Mapping[str, Any]) -> list[dict[str,
         raise click.UsageError("give a PROMPT or --prompts, not both")
     try:
         lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a name with a NUL
         raise InputError(f"cannot read the prompts of {file}: {error}") from None
     prompts = [{"prompt": line.strip()} for line in lines if line.strip()]
     if not prompts:
@@ -232,7 +232,10 @@ def make_pictures(
         more["run_file"] = str(output.unused(Path(output.save_run)))
         write(Path(more["run_file"]), stream.run.to_toml())
     place = output.pictures(stream.run)
-    result, seconds = watch(stream, film, output.preview)
+    try:
+        result, seconds = watch(stream, film, output.preview)
+    except OutOfMemoryError as error:
+        raise with_latents(error, stream.run, place) from error
     files = saved(result, place)
     text, answer = report(result, files, seconds), summary(result, files, seconds)
     if film is not None and output.film is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InputError, PilotfishError
+from ..errors import InputError, OutOfMemoryError, PilotfishError
 from .program import not_installed
 
 if TYPE_CHECKING:
@@ -50,12 +50,11 @@ class Output:
         """
         from ..runs.pictures import check_place, check_writable
 
-        out = self.out or FOLDER / "picture.png"
-        for place in (out, self.save_run, self.film):
+        self.new_film()
+        for place in (self.save_run, self.film):
             if place is not None:
                 check_place(Path(place))
-        check_writable(out)
-        self.new_film()
+        check_writable(FOLDER / "picture.png" if self.out is None else self.out)
 
     def new_film(self) -> Film | None:
         """An empty film, where one is asked for.
@@ -126,6 +125,35 @@ def saved(result: Result, path: Path) -> list[Path]:
         elsewhere = Path(tempfile.mkdtemp(prefix="pilotfish-")) / path.name
         files = ", ".join(map(str, result.save(elsewhere)))
         raise PilotfishError(f"{error}. The finished picture is not lost: {files}") from error
+
+
+def with_latents(error: OutOfMemoryError, run: Run, path: Path) -> OutOfMemoryError:
+    """The error of a run whose memory was not enough, after its finished latents are written.
+
+    Args:
+        path: of the picture; they go beside it.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    if not error.finished:
+        return error
+    from safetensors.torch import save_file
+
+    from ..runs.metadata import KEY
+    from ..runs.pictures import check_folder, whole_file
+
+    file = check_folder(path.with_suffix(".latents.safetensors"))
+    with whole_file(file) as part:
+        save_file({"latents": error.latents.cpu().contiguous()}, part, {KEY: run.to_toml()})
+    more = f", config={run.config!r}" if run.config else ""
+    return OutOfMemoryError(
+        f"{error}. The finished latents are not lost: {file}. In Python, on the CPU: "
+        "import pilotfish, safetensors.torch; "
+        f'model = pilotfish.load({run.model_id!r}, device="cpu"{more}).model; '
+        f'latents = safetensors.torch.load_file({str(file)!r})["latents"]; '
+        f"pilotfish.to_pil(model.decode(latents))[0].save({str(path)!r})"
+    )
 
 
 def write(path: Path, text: str) -> None:

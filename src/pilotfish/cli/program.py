@@ -49,9 +49,9 @@ class Commands(click.Group):
         try:
             with warnings_in_a_line(), ended_by_sigterm():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.echo("interrupted", err=True)
-            raise click.exceptions.Exit(130) from None
+            raise click.exceptions.Exit(error.args[0] if error.args else 130) from None
         except Exception as error:
             message = _own_mistake(error)
             if message is None or ctx.find_root().meta.get("debug"):
@@ -151,10 +151,13 @@ def warnings_in_a_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as an exception does: what is half-written is taken away."""
+    """SIGTERM ends the program as Ctrl-C does: what is half-written is taken away.
+
+    Not by a SystemExit, which would be taken for the plugin's at work.
+    """
 
     def end(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
+        raise KeyboardInterrupt(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only there handlers can be set

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..guidance.presets import PRESETS
+from ..guidance.presets import PRESETS, find_preset
 from ..hooks.registry import MODEL_GROUP, installed
 from ..runs.made_with import settings, texts
 from ..runs.metadata import PIXELS
 from ..runs.run import Run
 from .overrides import as_table
 
-MOST = 1000  # steps, images ...; a run of more should be meant
+MOST = 1000  # steps, images, words, colours ...; a run of more should be meant
+MOST_PLUGINS = 100
+MOST_WORK = 36_000  # see `_evaluations`; an hour at ten a second
 
 
 def foreign_run(text: str, origin: str, **other: Any) -> tuple[dict[str, Any], list[str]]:
@@ -92,17 +94,63 @@ def _preset_files(preset: Any) -> list[str]:
 
 def _work(content: Mapping[str, Any]) -> Iterator[str]:
     """What would take very long, or all memory."""
-    scheduler = content.get("scheduler")
+    scheduler, plugins = content.get("scheduler"), content["plugins"]
     numbers = {
-        **{key: content.get(key) for key in ("steps", "num_images")},
+        **{key: content.get(key) for key in ("steps", "num_images", "max_sequence_length")},
         **(scheduler if isinstance(scheduler, Mapping) else {}),
     }
     for key, value in numbers.items():
         if isinstance(value, int) and value > MOST:
             yield f"{key} = {value}"
+    if len(plugins) > MOST_PLUGINS:
+        yield f"{len(plugins)} plugins"
+    else:
+        for key, value in _values(content):
+            if (size := _size(value)) > MOST:
+                yield f"{size} words and numbers in {key}"
     sides = [content.get(key) or 1 for key in ("num_images", "width", "height")]
     if all(isinstance(side, int) for side in sides) and math.prod(sides) > PIXELS:
         yield f"{math.prod(sides) / 1e6:.0f} megapixels"
+    if (times := _evaluations(content)) > MOST_WORK:
+        yield (
+            f"the network {times:,} times for pictures of 512x512, some {times // 36_000:,} hours "
+            "at ten a second"
+        )
+
+
+def _values(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each key's value, and each plugin's setting."""
+    for key, value in content.items():
+        if key != "plugins":
+            yield key, value
+    for plugin in content["plugins"]:
+        for setting, value in plugin.items() if isinstance(plugin, Mapping) else ():
+            yield f"{setting} of plugin {plugin.get('use')!r}", value
+
+
+def _size(value: Any) -> int:
+    """How many words and numbers there are in a value."""
+    if isinstance(value, Mapping):
+        return sum(_size(key) + _size(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return len(value.split()) if isinstance(value, str) else 1
+
+
+def _evaluations(content: Mapping[str, Any]) -> int:
+    """How often a run asks the network, or what is as dear, counted for pictures of 512x512."""
+    usual = {"steps": 50, "num_images": 1, "width": 512, "height": 512}
+    counts = [content.get(key) or number for key, number in usual.items()]
+    counts += [
+        p["particles"] for p in content["plugins"] if isinstance(p, Mapping) and "particles" in p
+    ]
+    if not all(isinstance(count, int) for count in counts):
+        return 0  # refused later
+    preset = content.get("preset", "balanced")
+    if not _preset_files(preset):
+        knobs = find_preset(preset)
+        counts += [knobs.recurrence, knobs.iterations, knobs.samples]
+    return math.prod(counts) // 512**2
 
 
 # ---- the network, whatever the setting that asks for it is called ----

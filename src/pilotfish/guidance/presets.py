@@ -156,7 +156,7 @@ def find_preset(preset: str | Path | Preset | Mapping[str, Any]) -> Preset:
 def _from_file(path: Path) -> Preset:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ... no UTF-8, no TOML, [[[[[[ ...
         raise InputError(f"cannot read the preset file {path}: {error}") from None
     return _from_table({"name": path.stem, **table})
 

@@ -206,7 +206,7 @@ def load_class(use: str) -> type[Any]:
 
 def _class_in_file(path: Path, name: str | None) -> type[Any]:
     """Import a single file; without a class name, its only `Plugin` subclass."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no plugin file {path}; expected PATH.py:Class")
     module = _file_as_module(path)
     own = (c for c in vars(module).values() if getattr(c, "__module__", "") == module.__name__)

@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import InputError
 
+DEEPEST = 32  # lists and mappings in a value
+
 
 def parse_use(text: str) -> tuple[str, dict[str, Any]]:
     """Split `use:setting=value,...` into the plugin's name and its settings.
@@ -31,18 +33,25 @@ def parse_use(text: str) -> tuple[str, dict[str, Any]]:
     return found[1].strip(), settings
 
 
-def parse_value(text: str) -> Any:
-    """A setting's value as written on the command line: quoted text, list, mapping, or text."""
+def parse_value(text: str, depth: int = 0) -> Any:
+    """A setting's value as written on the command line: quoted text, list, mapping, or text.
+
+    Raises:
+        InputError: a quote or bracket is not closed, or they nest deeper than 32.
+    """
+    if depth > DEEPEST:
+        raise InputError(f"more than {DEEPEST} brackets within each other in {text[:40]!r}...")
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     if text.startswith("[") and text.endswith("]"):
         inner = text[1:-1].strip()
-        return [parse_value(part) for part in split_values(inner)] if inner else []
+        return [parse_value(part, depth + 1) for part in split_values(inner)] if inner else []
     if text.startswith("{") and text.endswith("}"):
         pairs = [split_outside(part, "=") for part in split_values(text[1:-1])]
         if any(len(pair) != 2 for pair in pairs):
             raise InputError(f"expected {{key=value, ...}}; got {text!r}")
-        return {str(parse_value(k.strip())): parse_value(v.strip()) for k, v in pairs}
+        parsed = [[parse_value(part.strip(), depth + 1) for part in pair] for pair in pairs]
+        return {str(key): value for key, value in parsed}
     return text
 
 
@@ -61,11 +70,11 @@ def split_outside(text: str, separator: str) -> list[str]:
     A quote opens only where a value begins, so that an apostrophe inside a word is text.
     """
     parts: list[str] = []
-    depth, quote, start = 0, "", 0
+    depth, quote, start, before = 0, "", 0, ""
     for position, char in enumerate(text):
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"" and text[:position].rstrip()[-1:] in ("", "=", ",", "[", "{", ":"):
+        elif char in "'\"" and before in ("", "=", ",", "[", "{", ":"):
             quote = char
         elif char in "[{":
             depth += 1
@@ -74,6 +83,7 @@ def split_outside(text: str, separator: str) -> list[str]:
         elif char == separator and depth == 0:
             parts.append(text[start:position])
             start = position + 1
+        before = before if char.isspace() else char
     if quote or depth:
         raise InputError(f"a quote or bracket is not closed in {text!r}")
     return [*parts, text[start:]]

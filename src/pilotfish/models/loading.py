@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..errors import InputError, ModelError
+from ..errors import InputError, ModelError, PluginError, is_out_of_memory, told
 from ..hooks import registry
 from .hub import load_config
 from .places import check_offload, dtype_name, find_family, locate
 from .protocol import LatentDiffusion
 from .schedulers import diffusers
 from .single_file import Checkpoint
-from .weights import load_networks
+from .weights import broken_file, check_index, load_networks
 
 import transformers  # isort: skip  # after torchvision is mended
 
@@ -61,8 +61,13 @@ def load(
                 pipeline = checkpoint.pipeline(source, index, number_format, options)
             else:
                 pipeline = _of_folder(target, index, number_format, options)
-        except (OSError, ValueError, ModelError) as error:
-            raise ModelError(f"cannot load the model {name!r}: {error}") from error
+        except Exception as error:  # whatever libraries make of a broken folder
+            if isinstance(error, PluginError) or is_out_of_memory(error):
+                raise
+            plain = isinstance(error, OSError | ValueError | ModelError)
+            raise ModelError(
+                f"cannot load the model {name!r}: {error if plain else told(error)}"
+            ) from error
     pipeline.set_progress_bar_config(disable=True)
     if offload is None:
         pipeline.to(device)
@@ -81,8 +86,14 @@ def _of_folder(
     kind, folder = diffusers.DiffusionPipeline, Path(target)
     if not folder.is_dir():
         folder = Path(kind.download(target, **options))
+    check_index(folder, index, options)
     parts = load_networks(folder, index, dtype, options)
-    return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
+    try:
+        return kind.from_pretrained(str(folder), **{"dtype": dtype, **options, **parts})
+    except Exception as error:
+        if (file := broken_file(folder)) is None:
+            raise
+        raise ModelError(f"the {file.parent.name} cannot be read: {file} is no JSON") from error
 
 
 def adapt(pipeline: Any, id: str | None = None, offload: str | None = None) -> LatentDiffusion:

@@ -31,16 +31,16 @@ def locate(model: str | Path | None) -> str:
             "(or name another one: a diffusers folder or a hub id)"
         )
     place = Path(os.path.expanduser(name))
-    if place.is_file() or place.suffix in (".safetensors", *PICKLES):
+    if os.path.isfile(place) or place.suffix in (".safetensors", *PICKLES):
         return locate_file(name)
-    if name.startswith((".", "/", "~")) and not place.is_dir():
+    if name.startswith((".", "/", "~")) and not os.path.isdir(place):
         raise InputError(f"no model folder {name}; expected a folder in the diffusers layout")
-    if not place.is_dir() and "/" not in name:
+    if not os.path.isdir(place) and "/" not in name:
         raise InputError(
             f"{unknown('model', name, known)}. A folder in the diffusers layout, one .safetensors "
             "file, or a hub id, OWNER/NAME, does as well"
         )
-    return str(place) if place.is_dir() else name
+    return str(place) if os.path.isdir(place) else name
 
 
 def locate_file(name: str) -> str:
@@ -56,8 +56,8 @@ def locate_file(name: str) -> str:
             f"{name} is a pickle, which can run any code when it is read; {takes}. Its tensors can "
             "be written as one: safetensors.torch.save_file(torch.load(FILE, weights_only=True))"
         )
-    if place.suffix != ".safetensors" or not place.is_file():
-        what = "is a file of another kind" if place.is_file() else "is not there"
+    if place.suffix != ".safetensors" or not os.path.isfile(place):
+        what = "is a file of another kind" if os.path.isfile(place) else "is not there"
         raise InputError(f"{name} {what}; {takes}")
     return str(place)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,47 @@ from ..errors import ModelError
 from .schedulers import diffusers
 
 SHOWN = 3  # names in a message
+# A tokenizer without any of them is made empty by transformers, without a word.
+WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+
+def check_index(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a folder in which a part is no part, or a tokenizer has no words.
+
+    Args:
+        given: parts that are not read from the folder.
+
+    Raises:
+        ModelError: names the part.
+    """
+    kind = getattr(diffusers, str(index["_class_name"]), None)
+    takes = (
+        signature(kind).parameters if kind else {}
+    )  # a package's own pipeline is not looked into
+    for name, value in index.items():
+        is_part = name in takes and not isinstance(takes[name].default, bool | int | float)
+        if not is_part or name in given:
+            continue
+        if not isinstance(value, list) or len(value) != 2:
+            raise ModelError(
+                f"the {name} in model_index.json must be a library and a class, or null twice; "
+                f"got {value!r}"
+            )
+        place = folder / name
+        if "tokenizer" in name and value[0] and not any((place / n).is_file() for n in WORDS):
+            raise ModelError(
+                f"the {name} is missing: {place} has none of {', '.join(WORDS)}; get it again"
+            )
+
+
+def broken_file(folder: Path) -> Path | None:
+    """The first file of a part that ends in .json and is none."""
+    for file in sorted(folder.glob("*/*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return file
+    return None
 
 
 def load_networks(

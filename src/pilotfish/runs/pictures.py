@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -22,6 +24,9 @@ from .metadata import PIXELS
 
 # Of a picture file, which anybody may have made: looked at before it is read.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+PART = ".pilotfish-part"  # in the name of what is being written
+WRITING = 3600  # seconds that it may take; what is older was left
 
 Size = tuple[int, int]  # (height, width)
 
@@ -152,15 +157,15 @@ def preview(rgb: Tensor, factor: int = 8) -> list[Image.Image]:
 
 
 def check_writable(path: str | Path) -> Path:
-    """A picture's path, checked before the work: its ending, and its folder, made if need be.
+    """A picture's path, checked before the work: its ending, and the place, by a trial.
 
     Raises:
-        InputError: the ending names no format, or the folder cannot be made.
+        InputError: the ending names no format, or no file can be written there.
     """
     path = Path(path)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise InputError(f"cannot write {path}: end its name in .png, .jpg or .webp")
-    return check_folder(path)
+    return check_place(path)
 
 
 def numbered(path: str | Path, count: int) -> list[Path]:
@@ -182,8 +187,8 @@ def check_folder(path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name with a NUL
+        raise InputError(f"cannot write {path}: {error}") from error
     return path
 
 
@@ -193,7 +198,7 @@ def save_picture(picture: Image.Image, path: str | Path) -> Path:
     Raises:
         InputError: the ending names no format, or the place cannot be written.
     """
-    path = check_writable(path)
+    path = check_folder(check_writable(path))
     with whole_file(path) as part:
         picture.save(part)
     return path
@@ -207,6 +212,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         InputError: the place cannot be written.
     """
     part = _part(path)
+    _clear(path)
     try:
         yield part
         part.replace(path)
@@ -218,25 +224,34 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def check_place(path: Path) -> Path:
-    """A file's path, after a trial: its folder is made if need be; an empty file comes and goes.
+    """A file's path, after a trial: an empty file comes and goes, in its folder or that above it.
 
     Raises:
         InputError: no file can be written there.
     """
-    part = _part(check_folder(path))
+    if os.path.isdir(path):
+        raise InputError(f"cannot write {path}: it is a folder; add a file's name")
+    folder = next((p for p in path.parents if os.path.lexists(p)), path.parent)
     try:
-        if path.is_dir():
-            raise InputError(f"cannot write {path}: it is a folder; add a file's name")
+        part = folder / _part(path).name
         part.touch()
         part.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # a name that is empty, or has a NUL
+        raise InputError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from None
     return path
 
 
 def _part(path: Path) -> Path:
     """What is written before it becomes the file."""
-    return path.with_name(f".{path.stem}.part{path.suffix}")
+    return path.with_name(f".{path.stem}{PART}{path.suffix}")
+
+
+def _clear(path: Path) -> None:
+    """Take away what earlier runs, killed while they wrote, left in a file's folder."""
+    for left in path.parent.glob(f".*{PART}{path.suffix}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > WRITING:
+                left.unlink()
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from ..errors import InputError, PilotfishError, explain, in_utf8, unknown
 from ..guidance.presets import PRESETS, find_preset
 from .made_with import MadeWith, Unpacked, tell
+from .toml import read_toml
 
 _CALLED = {  # what it is here, and what other programs call it
     "steps": "num_inference_steps",
@@ -291,12 +291,7 @@ class Run(pydantic.BaseModel):
         Raises:
             InputError: not TOML, or an unknown key; names the file.
         """
-        try:
-            content = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:  # the latter: [[[[[[ ...
-            json = text.lstrip().startswith("{")
-            hint = ". It looks like JSON; TOML has lines such as: steps = 20" if json else ""
-            raise InputError(f"{origin} is not valid TOML: {error}{hint}") from None
+        content = read_toml(text, origin)
         for key in content:
             if key not in (known := (*KEYS, *MODEL_KEYS, "plugins", "made_with")):
                 raise InputError(f"{origin}: {unknown_key('key', key, known)}")
@@ -313,7 +308,7 @@ class Run(pydantic.BaseModel):
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # no UTF-8, or a name with a NUL
             raise InputError(f"cannot read the run file {path}: {error}") from None
         return cls.parse(text, str(path))
 

@@ -128,7 +128,7 @@ class Sampling:
                 self.stack.setup(self._for_run)
                 yield
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not isinstance(error, PilotfishError):
                 raise out_of_memory(error, self.described, self.latents) from error
             raise
 
@@ -230,7 +230,7 @@ class Sampling:
                     image = in_parts(self.model.decode_float32, latents)
         except Exception as error:
             if is_out_of_memory(error):
-                raise out_of_memory(error, self.described, latents) from error
+                raise out_of_memory(error, self.described, latents, finished=True) from error
             raise
         if not images.is_finite(image):
             raise NonFiniteError(

@@ -64,7 +64,9 @@ def in_parts(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return torch.cat([in_parts(function, part) for part in (batch[:half], batch[half:])])
 
 
-def out_of_memory(error: BaseException, run: Run, latents: Tensor | None) -> OutOfMemoryError:
+def out_of_memory(
+    error: BaseException, run: Run, latents: Tensor | None, finished: bool = False
+) -> OutOfMemoryError:
     """The error for a run that ended so: what would help it."""
     dearest = "the network's graph" if run.checkpointing == "off" else "activations"
     ways = [f"a smaller picture than {run.width}x{run.height}"]
@@ -80,6 +82,7 @@ def out_of_memory(error: BaseException, run: Run, latents: Tensor | None) -> Out
         f"the device is out of memory, most of it for {dearest} ({told[0][:200]}). "
         f"What helps: {'; '.join(ways)}",
         latents=latents,
+        finished=finished,
     )
 
 

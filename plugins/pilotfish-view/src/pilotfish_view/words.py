@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from pilotfish import Sampler
+from pilotfish import InputError, Sampler
 
 from .layout import GAP, Label, Shown
 
@@ -67,8 +67,15 @@ class Tokens(Shown):
 def tokens(sampler: Sampler, prompt: str) -> Tokens:
     """A prompt as the model's (first) text encoder gets it.
 
+    Raises:
+        InputError: the prompt is no text in UTF-8.
+
     Warns:
         UserWarning: the prompt is longer than the encoder takes; names the words that are dropped.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # half of a character, of a terminal in another encoding
+        raise InputError(f"a prompt must be text in UTF-8; got {prompt[:80]!r}") from None
     found = sampler.model.text_encoders[0].tokenize(prompt)
     return Tokens(tuple(found.ids[0].tolist()), found.pieces, found.used)
