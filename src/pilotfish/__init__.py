@@ -23,11 +23,17 @@ from .hooks.strength import Strength, strength_at
 
 if TYPE_CHECKING:
     from .cli.changes import changed, with_value
+    from .cli.listing import installed_plugins, value_text
+    from .cli.places import save_new
+    from .cli.trust import foreign_run, offline
+    from .cli.wording import takes
     from .guidance.cutouts import cutouts
     from .guidance.noise import NoiseLevel, at_least_float32, draw
-    from .hooks.use import split_values
+    from .hooks.registry import load_class
+    from .hooks.use import parse_value, split_values
     from .models.protocol import Conditioning, Embedding
     from .models.torchvision import mend_torchvision
+    from .runs.metadata import read_run
     from .runs.pictures import (
         area_weights,
         check_folder,
@@ -83,19 +89,28 @@ __all__ = [
     "cutouts",
     "draw",
     "find_preset",
+    "foreign_run",
     "guide",
     "hookimpl",
+    "installed_plugins",
     "is_finite",
     "keep_outside",
     "load",
+    "load_class",
     "make_plugin",
     "mend_torchvision",
+    "offline",
+    "parse_value",
     "pixels",
     "read_picture",
+    "read_run",
+    "save_new",
     "save_picture",
     "split_values",
     "strength_at",
+    "takes",
     "to_pil",
+    "value_text",
     "whole_file",
     "with_value",
 ]
@@ -131,6 +146,15 @@ _LAZY = {
     "to_pil": "runs.pictures",
     "whole_file": "runs.pictures",
     "with_value": "cli.changes",
+    "installed_plugins": "cli.listing",
+    "value_text": "cli.listing",
+    "parse_value": "hooks.use",
+    "load_class": "hooks.registry",
+    "read_run": "runs.metadata",
+    "foreign_run": "cli.trust",
+    "offline": "cli.trust",
+    "save_new": "cli.places",
+    "takes": "cli.wording",
 }
 
 

@@ -44,19 +44,28 @@ def list_text() -> str:
     found, note = installed(), limit_note()
     if not found:
         return note if hidden() else "\n\n".join(filter(None, (NOTHING_INSTALLED, note)))
-    rows: dict[str, list[tuple[str, str]]] = {}
-    for entry, claims in ((e, entries) for entries in found.values() for e in entries):
-        heading, text = described(entry, claims)
-        rows.setdefault(heading, []).append((entry.name, text))
     width = max(map(len, found))
     parts = [
-        f"{heading}\n" + columns([(name.ljust(width), text) for name, text in rows[heading]], "  ")
-        for heading in sorted(rows, key=lambda heading: (heading == Plugin.heading, heading))
+        f"{heading}\n" + columns([(name.ljust(width), text) for name, text in rows], "  ")
+        for heading, rows in installed_plugins().items()
     ]
     packages = sorted({e.package for entries in found.values() for e in entries})
     parts.append("packages\n" + columns([(", ".join(packages),)], "  "))
     parts.append("pilotfish plugins show NAME tells what a plugin takes.")
     return "\n\n".join(filter(None, (*parts, note)))
+
+
+def installed_plugins() -> dict[str, list[tuple[str, str]]]:
+    """The installed plugins under their headings: name, and summary or what is wrong with it.
+
+    From metadata and sources alone: nothing is imported.
+    """
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for entry, claims in ((e, entries) for entries in installed().values() for e in entries):
+        heading, text = described(entry, claims)
+        rows.setdefault(heading, []).append((entry.name, text))
+    order = sorted(rows, key=lambda heading: (heading == Plugin.heading, heading))
+    return {heading: rows[heading] for heading in order}
 
 
 def limit_note() -> str:
@@ -149,7 +158,7 @@ def _fields(plugin: type[Any]) -> dict[str, FieldInfo]:
 def paste_block(use: str, plugin: type[Any]) -> str:
     """The plugin on the command line, in Python and in a run file."""
     settings = example_settings(plugin)
-    on_line = ",".join(f"{name}={_on_line(value)}" for name, value in settings.items())
+    on_line = ",".join(f"{name}={value_text(value)}" for name, value in settings.items())
     item = f"{use}:{on_line}" if settings else use
     text = f'"{item}"' if '"' not in item else repr(item)
     call = f'result = sampler("a campfire", plugins=[{text}])'
@@ -188,12 +197,12 @@ def _stand_in(field: FieldInfo) -> Any:
     return stand_ins.get(origin, "...")
 
 
-def _on_line(value: Any) -> str:
-    """A value as `--use` takes it."""
+def value_text(value: Any) -> str:
+    """A setting's value as `--use` takes it, and as `parse_value` reads it."""
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_on_line(v) for v in value)}]"
+        return f"[{', '.join(value_text(v) for v in value)}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{k}={_on_line(v)}' for k, v in value.items())}}}"
+        return f"{{{', '.join(f'{k}={value_text(v)}' for k, v in value.items())}}}"
     if isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum():
-        return f'"{value}"'
+        return f"'{value}'" if '"' in value else f'"{value}"'
     return str(value).lower() if isinstance(value, bool) else str(value)

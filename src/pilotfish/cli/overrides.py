@@ -33,7 +33,7 @@ def completed(
     options: Mapping[str, str | None],
 ) -> dict[str, Any]:
     """The keys of a run that was read, then `--set`, then the options that were given."""
-    content["plugins"] = [_table(item) for item in (uses or content["plugins"])]
+    content["plugins"] = [as_table(item) for item in (uses or content["plugins"])]
     texts = given(options)
     if "preset" in texts:  # before --set, which may change one of its knobs
         content["preset"] = texts.pop("preset")
@@ -49,7 +49,12 @@ def _with_option(content: dict[str, Any], option: tuple[str, str]) -> dict[str, 
     return {**content, key: text} if key in TEXT_KEYS else changed(content, f"{key}={text}")
 
 
-def _table(item: object) -> Any:
+def as_table(item: object) -> Any:
+    """A plugin of a run that was read, as a table.
+
+    Raises:
+        InputError: it is neither a table nor a text.
+    """
     if not isinstance(item, dict | str):
         raise InputError(f"a plugin is a table with `use`, or NAME:SETTING=VALUE; got {item!r}")
     return table(item)

@@ -77,8 +77,7 @@ class Output:
         """Where the pictures of a run go, which has its seed by now."""
         from ..runs.pictures import numbered
 
-        own = FOLDER / f"{named(str(run.prompt))}-{run.seed}.png"
-        path = Path(self.out) if self.out is not None else own
+        path = Path(self.out) if self.out is not None else own_place(run)
         return self.unused(path, lambda place: numbered(place, run.num_images))
 
     def unused(
@@ -92,6 +91,20 @@ class Output:
         counted = (path.with_stem(f"{path.stem}_{count}") for count in itertools.count(2))
         places = itertools.chain([path], () if self.force else counted)
         return next((p for p in places if not any(f.exists() for f in files(p))), path)
+
+
+def own_place(run: Run, folder: Path = FOLDER) -> Path:
+    """Where the pictures of a run go that nobody has named: `out/PROMPT-SEED.png`."""
+    return folder / f"{named(str(run.prompt))}-{run.seed}.png"
+
+
+def save_new(result: Result, folder: str | Path = FOLDER) -> list[Path]:
+    """Write a run's pictures as `pilotfish generate` names them: nothing is written over.
+
+    Raises:
+        PilotfishError: the folder failed; it tells where the pictures are.
+    """
+    return saved(result, Output(str(own_place(result.run, Path(folder)))).pictures(result.run))
 
 
 def named(prompt: str) -> str:

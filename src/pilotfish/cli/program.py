@@ -27,6 +27,7 @@ PACKAGES = {
     "grid": "pilotfish-view",
     "plugins.check": "pilotfish-kit",
     "plugins.new": "pilotfish-kit",
+    "studio": "pilotfish-studio",
     "sweep": "pilotfish-sweep",
     "view": "pilotfish-view",
 }

@@ -84,15 +84,10 @@ def checked(
     """
     from ..runs.made_with import tell
     from ..runs.run import Run
-    from .changes import table
-    from .trust import asks
+    from .trust import foreign_run
 
-    content = Run.parse(text, origin)
-    content["plugins"] = [table(item) for item in content["plugins"]]
-    named = content.get("model")
-    if model:
-        content = {**content, "model": None, "config": None}
-    asked = [*asks(content)]
+    named = Run.parse(text, origin).get("model")
+    content, asked = foreign_run(text, origin, **({"model": None, "config": None} if model else {}))
     if asked and not trusted:
         raise InputError(
             f"{origin} asks for what pilotfish does for nobody unasked: {'; '.join(asked)}. Read "

@@ -17,10 +17,30 @@ from ..guidance.presets import PRESETS, find_preset
 from ..hooks.registry import MODEL_GROUP, installed
 from ..runs.made_with import settings, texts
 from ..runs.metadata import PIXELS
+from ..runs.run import Run
+from .overrides import as_table
 
 MOST = 1000  # steps, images, words, colours ...; a run of more should be meant
 MOST_PLUGINS = 100
 MOST_WORK = 36_000  # see `_evaluations`; an hour at ten a second
+
+
+def foreign_run(text: str, origin: str, **other: Any) -> tuple[dict[str, Any], list[str]]:
+    """The content of a run that anybody may have written, and what it asks for.
+
+    Nothing is imported, opened or downloaded; see `asks`.
+
+    Args:
+        text: TOML, as `read_run` gives it.
+        origin: where it comes from, for errors.
+        other: keys of it that are to be others.
+
+    Raises:
+        InputError: it is no run.
+    """
+    content = {**Run.parse(text, origin), **other}
+    content["plugins"] = [as_table(item) for item in content["plugins"]]
+    return content, [*asks(content)]
 
 
 def asks(content: Mapping[str, Any]) -> Iterator[str]:
@@ -140,8 +160,14 @@ _watched: list[list[str]] = []  # what is asked for in each `offline` that is op
 
 
 @contextlib.contextmanager
-def offline(origin: str) -> Iterator[None]:
+def offline(origin: str, advice: str | None = None) -> Iterator[None]:
     """Nothing in here reaches the network: what tries to is refused, and told.
+
+    It holds for all threads of the program.
+
+    Args:
+        origin: whose run it is.
+        advice: what to do where that is wanted; None is the command line's.
 
     Raises:
         InputError: something tried, and failed for it.
@@ -156,12 +182,12 @@ def offline(origin: str) -> Iterator[None]:
         if "OfflineModeIsEnabled" in {type(e).__name__ for e in _causes(error)}:
             asked.append("the Hugging Face hub")
         if asked:
-            raise InputError(_refusal(origin, asked)) from error
+            raise InputError(_refusal(origin, asked, advice)) from error
         raise
     finally:
         _watched.remove(asked)
     if asked:
-        warnings.warn(f"{_refusal(origin, asked)}. It went on without", stacklevel=3)
+        warnings.warn(f"{_refusal(origin, asked, advice)}. It went on without", stacklevel=3)
 
 
 @contextlib.contextmanager
@@ -202,9 +228,9 @@ def _watch() -> None:
     sys.addaudithook(hook)
 
 
-def _refusal(origin: str, asked: list[str]) -> str:
+def _refusal(origin: str, asked: list[str], advice: str | None) -> str:
+    usual = f"Read its run with `pilotfish replay {origin} --show`; if you want that, add --yes"
     return (
         f"{origin} asks for the network ({', '.join(dict.fromkeys(asked))}), which pilotfish does "
-        f"for nobody unasked. Read its run with `pilotfish replay {origin} --show`; if you want "
-        "that, add --yes"
+        f"for nobody unasked. {advice or usual}"
     )

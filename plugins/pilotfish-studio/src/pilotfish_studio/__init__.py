@@ -1,0 +1,3 @@
+"""A local page for pilotfish: `pilotfish studio`."""
+
+from __future__ import annotations
