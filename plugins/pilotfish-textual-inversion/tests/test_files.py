@@ -266,6 +266,8 @@ def test_what_is_no_embedding_is_refused_by_name_and_fact(tmp_path, name, conten
 def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no embedding file .*none\.pt; expected \.safetensors"):
         read(tmp_path / "none.pt")
+    with pytest.raises(InputError, match=r"no embedding file x{200}\.\.\.; expected"):
+        read("x" * 5000)
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"a\.png ends in '\.png'; expected \.safetensors"):
         read(tmp_path / "a.png")

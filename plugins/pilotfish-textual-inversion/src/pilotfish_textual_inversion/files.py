@@ -134,8 +134,13 @@ def replace(path: Path, save: Callable[[Path], object]) -> Path:
 
 def _load(path: Path) -> Any:
     """What the file holds, not yet understood."""
-    if not path.is_file():
-        raise InputError(f"no embedding file {path}; expected .safetensors, .bin or .pt")
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long for any file
+        there = False
+    if not there:
+        named = f"{str(path)[:200]}{'...' * (len(str(path)) > 200)}"
+        raise InputError(f"no embedding file {named}; expected .safetensors, .bin or .pt")
     kind = path.suffix.lower()
     if kind not in (".safetensors", *PICKLED):
         raise InputError(f"{path} ends in {path.suffix!r}; expected .safetensors, .bin or .pt")
