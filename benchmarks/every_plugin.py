@@ -270,7 +270,8 @@ def loss(lab: Lab, row: str, shown: str, scene: int) -> Tensor:
     run = SimpleNamespace(model=lab.sampler.model, height=SIDE, width=SIDE)
     stack.setup(lambda *_: {"run": run})
     generators = [torch.Generator().manual_seed(seed) for seed in range(lab.seeds)]
-    step = SimpleNamespace(run=run, image=drawn.images, x0=drawn.latents, generator=generators)
+    values = {"run": run, "image": drawn.images, "x0": drawn.latents, "generator": generators}
+    step = SimpleNamespace(**values, changed=lambda: None)
     with torch.no_grad():
         ((_, losses),) = stack.collect("loss_guidance", lambda *_: {"step": step})
     return losses

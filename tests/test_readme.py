@@ -66,7 +66,8 @@ def test_every_command_runs(workplace, command):
         random_pipeline().save_pretrained("model")
         arguments[arguments.index(HUB_ID)] = "./model"
     if arguments[0] == "replay":  # of a picture that the command above it makes
-        run = Run(prompt="a parrot", steps=2, seed=1, plugins=({"use": "blue"},))
+        blue = {"use": "blue"}
+        run = Run(prompt="a parrot", steps=2, seed=1, model_id="emoji", plugins=(blue,))
         Picture.of(Image.new("RGB", (64, 64)), run).save(arguments[1])
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -259,7 +259,7 @@ FAULTY = {
     OverTheBatch: ("runs", "returned shape (); expected one value per image, shape (2,)"),
     Half: ("runs", "on_predicted_x0() returned dtype torch.float16; expected torch.float32"),
     Rounded: ("loss", "the gradient of its loss is zero"),
-    InPlace: ("inputs", "embedding_transform() changes embedding.values in place"),
+    InPlace: ("runs", "embedding_transform() changed embedding.values in place"),
     Clamped: ("inputs", "loss_guidance() changes step.image in place"),
     Forgetful: ("undo", " changed; undo it in teardown"),
     GlobalNoise: ("random-state", "draws by the global torch;"),

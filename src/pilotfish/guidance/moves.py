@@ -243,9 +243,12 @@ def _settled(
             return solution if i else gradient
         bent = direction + (changed - gradient) * inverse(length)
         curvature = dot(spreading, bent)
-        going = going & (curvature > 0)
-        step = torch.where(going, energy * inverse(curvature), 0.0 if i else 1.0)
-        solution, residual = solution + step * direction, residual - step * bent
+        step = energy * inverse(curvature)
+        going = going & (curvature > 0) & step.isfinite()  # not where a residual is as good as 0
+        step = torch.where(going, step, 0.0 if i else 1.0)
+        moved = solution + step * direction
+        solution = torch.where(going, moved, solution) if i else moved
+        residual = residual - step * bent
         if i + 1 < iterations:
             spread_residual = spread(residual)
             before, energy = energy, dot(residual, spread_residual)
