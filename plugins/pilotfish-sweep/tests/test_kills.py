@@ -182,7 +182,8 @@ def test_a_full_disk_ends_the_sweep_and_says_so_and_it_goes_on_later(undisturbed
     assert code != 0
     assert "cannot write the sweep's folder folder: " in told
     assert "What is finished in it stays" in told
-    assert not [*Path("folder").rglob("*.png")]
+    # A worker that is ended while it cleans up leaves its half in its claim, which goes next time.
+    assert all(".lock." in png.parent.name for png in Path("folder").rglob("*.png"))
     assert not [*Path("folder").rglob("*.failed")]
     code, told = finish(start("folder"))
     assert code == 0, told
