@@ -38,9 +38,13 @@ def finish(process):
 
 
 def files(folder):
-    """Everything in a sweep's folder but its log: a killed process may not have written there."""
+    """Everything in a sweep's folder but its log: a killed process may not have written there.
+
+    Nor claims: one that a worker looks into a cell with as the sweep ends goes with the next one.
+    """
     folder = Path(folder)
-    found = (path for path in folder.rglob("*") if path.is_file())
+    there = (path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in there if ".lock." not in path.parent.name)
     kept = (path for path in found if path.relative_to(folder).parts[0] != "log")
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
