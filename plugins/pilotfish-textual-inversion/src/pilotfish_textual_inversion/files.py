@@ -134,11 +134,7 @@ def replace(path: Path, save: Callable[[Path], object]) -> Path:
 
 def _load(path: Path) -> Any:
     """What the file holds, not yet understood."""
-    try:
-        there = path.is_file()
-    except OSError:  # a name that is too long for any file
-        there = False
-    if not there:
+    if not os.path.isfile(path):  # unlike Path's own also False where a name is too long
         named = f"{str(path)[:200]}{'...' * (len(str(path)) > 200)}"
         raise InputError(f"no embedding file {named}; expected .safetensors, .bin or .pt")
     kind = path.suffix.lower()
