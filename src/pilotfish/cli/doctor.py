@@ -148,13 +148,12 @@ def room() -> tuple[str, float]:
     """The device that a model goes to by default, and its memory in GiB; 0 if unknown."""
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda", torch.cuda.get_device_properties(0).total_memory / 2**30
-    if torch.backends.mps.is_available():
+    from ..sampling.memory import total_memory
+
+    if not torch.cuda.is_available() and torch.backends.mps.is_available():
         return "mps", torch.mps.recommended_max_memory() / 2**30
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # on Windows
-        return "cpu", 0.0
-    return "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    return name, total_memory(torch.device(name)) / 2**30
 
 
 def offers(group: str, check: Callable[[Installed], None]) -> Iterator[Finding]:

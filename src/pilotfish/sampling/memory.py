@@ -47,7 +47,8 @@ def total_memory(device: torch.device) -> int:
     """Of a device, in bytes; 0 where it does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
+    # Windows has no such names.
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 0
 
