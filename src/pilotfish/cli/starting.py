@@ -19,12 +19,13 @@ from .sources import spec_of
 
 @contextlib.contextmanager
 def lean() -> Iterator[None]:
-    """In here torch's compiler and scipy's statistics are imported only by who uses them.
+    """In here torch's compiler, sympy and scipy's statistics are imported only by who uses them.
 
     diffusers and transformers import both at the top of their modules, for decorators that tell a
     compiler what to leave alone, for the question whether a network is compiled, and for one
-    scheduler's option: a third of the time until the first step. Nothing is compiled in here, so
-    the answers are known. Whoever asks for anything else, then or later, gets the real module.
+    scheduler's option: a third of the time until the first step. torch asks whether a network that
+    has no weights yet is of symbols. Nothing is compiled in here, so the answers are known. Whoever
+    asks for anything else, then or later, gets the real module.
 
     To be removed when they import them where they use them: `diffusers/utils/torch_utils.py`,
     `transformers/masking_utils.py` and diffusers' schedulers.
@@ -34,6 +35,7 @@ def lean() -> Iterator[None]:
     with (
         _instead("torch._dynamo", eval_frame=compiled, **marks),
         _instead("torch._dynamo.utils", "is_compile_supported"),
+        _instead("sympy", Basic=type("Basic", (), {})),
         _instead("scipy.integrate"),
         _instead("scipy.optimize", "linear_sum_assignment"),
         _instead("scipy.stats"),
