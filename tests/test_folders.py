@@ -91,3 +91,35 @@ def index(folder):
 def test_a_class_of_another_family_is_told(folder, name):
     change(folder / "model_index.json", _class_name=name)
     assert len(told_of(folder)) < 3000
+
+
+@pytest.mark.parametrize("layers", [1, 0, -1])
+def test_layers_that_a_config_leaves_out_are_told(folder, layers):
+    change(folder / "text_encoder/config.json", num_hidden_layers=layers)
+    assert "tensors are of layers that its config.json leaves out" in told_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("text_encoder/config.json", "layer_norm_eps", None),
+        ("text_encoder/config.json", "num_attention_heads", -1),
+        ("text_encoder/config.json", "eos_token_id", None),
+        ("tokenizer/tokenizer_config.json", "model_max_length", None),
+        ("tokenizer/tokenizer_config.json", "model_max_length", -1),
+        ("tokenizer/tokenizer_config.json", "model_max_length", {}),
+        ("unet/config.json", "norm_eps", "x"),
+        ("unet/config.json", "freq_shift", None),
+        ("unet/config.json", "downsample_padding", -1),
+        ("unet/config.json", "norm_num_groups", -1),
+        ("unet/config.json", "sample_size", -1),
+        ("unet/config.json", "sample_size", "x"),
+        ("vae/config.json", "scaling_factor", None),
+        ("vae/config.json", "shift_factor", "x"),
+        ("vae/config.json", "layers_per_block", -1),
+        ("vae/config.json", "up_block_types", []),
+    ],
+)
+def test_a_number_in_a_config_that_is_none_is_told(folder, file, key, value):
+    change(folder / file, **{key: value})
+    assert len(told_of(folder)) < 1500

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -216,12 +217,15 @@ class Stack:
 def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
     """Names in order: the chosen one, else the plugin's own, with `#2`, `#3` for further ones."""
     named: dict[str, Entry] = {}
+    numbers: Counter[str] = Counter()
     for entry in entries:
         if entry.name in named:
             raise InputError(f"two plugins are named {entry.name!r}; give each a name of its own")
-        base = entry.name or _own_name(entry)
-        names = (base, *(f"{base}#{number}" for number in range(2, len(entries) + 1)))
-        named[next(name for name in names if name not in named)] = entry
+        name = base = entry.name or _own_name(entry)
+        while name in named:
+            numbers[base] += 1
+            name = f"{base}#{numbers[base] + 1}"
+        named[name] = entry
     return named
 
 

@@ -61,6 +61,13 @@ def load(
                 pipeline = checkpoint.pipeline(source, index, number_format, options)
             else:
                 pipeline = _of_folder(target, index, number_format, options)
+            pipeline.set_progress_bar_config(disable=True)
+            if offload is None:
+                pipeline.to(device)
+            for part_name, part in pipeline.components.items() if offload else ():
+                if isinstance(part, nn.Module) and not part_name.startswith("text_encoder"):
+                    part.to(device)
+            loaded = adapt(pipeline, str(model) if model else "emoji", offload)
         except Exception as error:  # whatever libraries make of a broken folder
             if isinstance(error, PluginError) or is_out_of_memory(error):
                 raise
@@ -68,13 +75,6 @@ def load(
             raise ModelError(
                 f"cannot load the model {name!r}: {error if plain else told(error)}"
             ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    if offload is None:
-        pipeline.to(device)
-    for name, part in pipeline.components.items() if offload else ():
-        if isinstance(part, nn.Module) and not name.startswith("text_encoder"):
-            part.to(device)
-    loaded = adapt(pipeline, str(model) if model else "emoji", offload)
     loaded.config = None if config is None else str(config)
     return loaded
 

@@ -150,9 +150,11 @@ class Conditioning:
 
     def cat(self, other: Conditioning) -> Conditioning:
         """Both along the batch, this one first; where T differs, padded and with a mask."""
-        length = max(self["values"].shape[1], other["values"].shape[1])
-        ours, theirs = self._padded(length), other._padded(length)
-        if "mask" not in self.tensors and torch.cat([ours["mask"], theirs["mask"]]).all():
+        lengths = {self["values"].shape[1], other["values"].shape[1]}
+        ours, theirs = self._padded(max(lengths)), other._padded(max(lengths))
+        # A mask that is made here is not looked into: a GPU would be waited for.
+        whole = len(lengths) == 1 and ("mask" not in other.tensors or other["mask"].all())
+        if "mask" not in self.tensors and whole:
             del ours["mask"], theirs["mask"]
         return Conditioning({name: torch.cat([t, theirs[name]]) for name, t in ours.items()})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import signature
@@ -142,8 +141,7 @@ def check_shapes(name: str, network: nn.Module, found: Mapping[str, tuple[int, .
     # Of which training alone makes use.
     missing = {n for n in expected.keys() - found if not n.endswith("num_batches_tracked")}
     # Any other tensor that the network has no place for (`position_ids`) is harmless.
-    layers = {_layer(n) for n in expected}
-    further = [n for n in found.keys() - expected if _layer(n) in layers]
+    further = [n for n in found.keys() - expected if _of_further_layer(n, network)]
     check_whole(
         name,
         {
@@ -194,6 +192,12 @@ def told_of(name: str) -> Iterator[None]:
         raise ModelError(f"the {name} cannot be read: {cause}") from error
 
 
-def _layer(tensor: str) -> str:
-    """A tensor's name, of whichever layer it is."""
-    return re.sub(r"\d+", "*", tensor)
+def _of_further_layer(tensor: str, network: nn.Module) -> bool:
+    """Whether a tensor is of a layer beyond the last one of its list."""
+    module = network
+    for name in tensor.split("."):
+        children = dict(module.named_children())
+        if name not in children:
+            return isinstance(module, nn.ModuleList | nn.Sequential)
+        module = children[name]
+    return False

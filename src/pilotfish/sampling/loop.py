@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import GuideWarning, InputError, NonFiniteError, PilotfishError, is_out_of_memory
+from ..errors import GuideWarning, InputError, NonFiniteError, PilotfishError
 from ..hooks.stack import Arguments, Stack, tensor_problem
 from ..models.protocol import Conditioning
 from ..runs import pictures as images
 from ..runs.run import Run
 from .generators import Generators, indices_problem, seeded
 from .guides import Guides
-from .memory import check_size, in_parts, out_of_memory
+from .memory import check_size, in_parts, own_errors
 from .network import Network
 from .outside import Outside
 from .prompts import Prompts
@@ -120,17 +120,15 @@ class Sampling:
         """In the model's own dtype, also where the caller has autocast on."""
         return torch.autocast(self.model.device.type, enabled=False)
 
+    def _own_errors(self) -> contextlib.AbstractContextManager[None]:
+        return own_errors(self.described, lambda: (self.latents, self.final))
+
     @contextlib.contextmanager
     def _set_up(self) -> Iterator[None]:
         """All plugins set up; torn down whatever happens, and no error hides the first."""
-        try:
-            with self._torn_down():
-                self.stack.setup(self._for_run)
-                yield
-        except Exception as error:
-            if is_out_of_memory(error) and not isinstance(error, PilotfishError):
-                raise out_of_memory(error, self.described, self.latents) from error
-            raise
+        with self._own_errors(), self._torn_down():
+            self.stack.setup(self._for_run)
+            yield
 
     @contextlib.contextmanager
     def _torn_down(self) -> Iterator[None]:
@@ -223,15 +221,10 @@ class Sampling:
         latents = self.final
         if latents is None:
             raise PilotfishError("this run was ended before it was done; it has no result")
-        try:
-            with self.as_loaded():
-                image = in_parts(self.model.decode, latents)
-                if not images.is_finite(image):
-                    image = in_parts(self.model.decode_float32, latents)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(error, self.described, latents, finished=True) from error
-            raise
+        with self._own_errors(), self.as_loaded():
+            image = in_parts(self.model.decode, latents)
+            if not images.is_finite(image):
+                image = in_parts(self.model.decode_float32, latents)
         if not images.is_finite(image):
             raise NonFiniteError(
                 f"the decoded picture is not finite (latents between {latents.min():.3g} and "
@@ -262,15 +255,15 @@ class Sampling:
         """See `Step.predict`."""
         if isinstance(conditioning, str):
             conditioning = self.prompts.of_text(conditioning)
-        told = state.conditioning if conditioning is None else conditioning
-        if not isinstance(told, Conditioning):
-            what = f"takes a prompt or a Conditioning; got {type(told).__name__}"
+        given = state.conditioning if conditioning is None else conditioning
+        if not isinstance(given, Conditioning):
+            what = f"takes a prompt or a Conditioning; got {type(given).__name__}"
             self.stack.blame(plugin, "step.predict", what, state.where)
-        told = told.expand(self.run.num_images)
+        given = given.expand(self.run.num_images)
         latents = state.latents if offset is None else state.latents + offset.to(state.latents)
         latents = self.schedule.scaled(latents, state.timestep)
         with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-            return self.network(state, latents, told, patch, plugin)
+            return self.network(state, latents, given, patch, plugin)
 
     def _combine(self, state: StepState, cond: Tensor, uncond: Tensor | None) -> Tensor:
         begun = cond

@@ -1,9 +1,10 @@
-"""What becomes of a run for which the memory of a device is not enough."""
+"""What becomes of a run for which the memory of a device, or its model, is not enough."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, OutOfMemoryError, is_out_of_memory
+from ..errors import (
+    InputError,
+    ModelError,
+    OutOfMemoryError,
+    PilotfishError,
+    is_out_of_memory,
+    told,
+)
 from .trace import Record, Trace
 
 if TYPE_CHECKING:
@@ -65,8 +73,32 @@ def in_parts(function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
     return torch.cat([in_parts(function, part) for part in (batch[:half], batch[half:])])
 
 
+@contextlib.contextmanager
+def own_errors(run: Run, kept: Callable[[], tuple[Tensor | None, Tensor | None]]) -> Iterator[None]:
+    """Let no library's error out.
+
+    Args:
+        kept: tells the latents of the last whole step, and the finished ones, where there are any.
+
+    Raises:
+        OutOfMemoryError: holds them.
+        ModelError: a network or a scheduler raised, as where its config is another one's.
+    """
+    try:
+        yield
+    except (PilotfishError, Warning):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, run, *kept()) from error
+        raise ModelError(
+            f"the model cannot be run: {told(error)}. The config.json of one of its networks, or "
+            "of its scheduler or tokenizer, may not be its own"
+        ) from error
+
+
 def out_of_memory(
-    error: BaseException, run: Run, latents: Tensor | None, finished: bool = False
+    error: BaseException, run: Run, latents: Tensor | None, final: Tensor | None
 ) -> OutOfMemoryError:
     """The error for a run that ended so: what would help it."""
     dearest = "the network's graph" if run.checkpointing == "off" else "activations"
@@ -78,12 +110,12 @@ def out_of_memory(
     if run.num_images > 1:
         ways.insert(0, "fewer images at once")
     ways += ["a dtype of half the size", "offload='text' where the model is loaded"]
-    told = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     return OutOfMemoryError(
-        f"the device is out of memory, most of it for {dearest} ({told[0][:200]}). "
+        f"the device is out of memory, most of it for {dearest} ({lines[0][:200]}). "
         f"What helps: {'; '.join(ways)}",
-        latents=latents,
-        finished=finished,
+        latents=latents if final is None else final,
+        finished=final is not None,
     )
 
 
